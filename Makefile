@@ -1,0 +1,47 @@
+# One command each, from a fresh clone: `make demo` trains, `make test` tests, `make lint` lints.
+# They set up a virtual environment in .venv first (Python 3.10 or newer and a C++17 compiler).
+
+PYTHON ?= python3
+# The release that CI tests. Any torch from 2.10 on will do: make TORCH="torch==2.14.1" test
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?= -n auto
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-all lint format wheel clean
+
+demo: $(VENV)/.ready
+	$(BIN)/python -m convnest_kernels train
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow"
+
+test-all: $(VENV)/.ready
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files '*.cpp' '*.h' '*.cuh' '*.cu' | xargs -r $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files '*.cpp' '*.h' '*.cuh' '*.cu' | xargs -r $(BIN)/clang-format -i
+
+wheel: $(VENV)/.ready
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf build dist *.egg-info convnest_kernels/*.so
+
+# Rebuilt when the native sources or the build change.
+NATIVE := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*/*)
+
+$(VENV)/.ready: $(NATIVE)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
