@@ -1,0 +1,25 @@
+"""Custom kernels for wide depthwise ConvNet blocks: depthwise 7×7 + GELU + LayerNorm, NHWC.
+
+    ops          the operators (torch.autograd.Function over registered convnest::* operators)
+    NestedBlock  a drop-in ConvNeSt block over them
+    models       the 14 ConvNeSt models
+    reference    every formula in plain PyTorch
+"""
+
+from __future__ import annotations
+
+from convnest_kernels import models, ops, reference
+from convnest_kernels._version import __version__
+from convnest_kernels.backends import BackendError, explain, use_backend
+from convnest_kernels.modules import NestedBlock
+
+__all__ = [
+    "BackendError",
+    "NestedBlock",
+    "__version__",
+    "explain",
+    "models",
+    "ops",
+    "reference",
+    "use_backend",
+]

@@ -1,0 +1,41 @@
+"""The operators: channels-last, differentiable, one public function each.
+
+    nested_conv              GELU(g + DW(LN(g))), g = GELU(h)
+    dwconv_gelu_layernorm    LN(act(DW(x))), or act(LN(DW(x)))
+    gelu_layernorm           LN(GELU(x)), or GELU(LN(x))
+    layernorm_residual       s ⊙ x + LN(t)
+    nested_block             the whole ConvNeSt block
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from convnest_kernels.backends import Call
+from convnest_kernels.ops.dwconv_gelu_layernorm import dwconv_gelu_layernorm
+from convnest_kernels.ops.gelu_layernorm import gelu_layernorm
+from convnest_kernels.ops.layernorm_residual import layernorm_residual
+from convnest_kernels.ops.nested_block import nested_block
+from convnest_kernels.ops.nested_conv import nested_conv
+
+__all__ = [
+    "dwconv_gelu_layernorm",
+    "gelu_layernorm",
+    "layernorm_residual",
+    "nested_block",
+    "nested_conv",
+]
+
+# What checks a public function's arguments and describes the call to the backends.
+CALLS: dict[Callable[..., Any], Callable[..., Call]] = {
+    function: sys.modules[function.__module__].describe
+    for function in (
+        nested_conv,
+        dwconv_gelu_layernorm,
+        gelu_layernorm,
+        layernorm_residual,
+        nested_block,
+    )
+}
