@@ -1,1 +1,1 @@
-"""The microbenchmark suite's package; for now the table of cases that tests and benchmarks share."""
+"""The microbenchmark suite; for now the table of cases that tests and benchmarks share."""

@@ -130,7 +130,7 @@ def stage_cases(variant: str, batch: int, operator: str = "nested_conv") -> list
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of a call, by name and in the operator's order, and a cotangent for its output."""
+    """The tensors of a call, by name in the operator's order, and a cotangent for its output."""
 
     tensors: dict[str, Tensor | None]
     dy: Tensor

@@ -1,9 +1,9 @@
 """Custom kernels for wide depthwise ConvNet blocks: depthwise 7×7 + GELU + LayerNorm, NHWC.
 
-    ops          the operators (torch.autograd.Function over registered convnest::* operators)
-    NestedBlock  a drop-in ConvNeSt block over them
-    models       the 14 ConvNeSt models
-    reference    every formula in plain PyTorch
+ops          the operators (torch.autograd.Function over registered convnest::* operators)
+NestedBlock  a drop-in ConvNeSt block over them
+models       the 14 ConvNeSt models
+reference    every formula in plain PyTorch
 """
 
 from __future__ import annotations

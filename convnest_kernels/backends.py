@@ -100,9 +100,7 @@ def select(call: Call, requested: str) -> str:
             return name
         refused[name] = reasons
     lines = [f"  {name}: {'; '.join(reasons)}" for name, reasons in refused.items()]
-    raise BackendError(
-        f"backend={requested!r} cannot run {_describe(call)}:\n" + "\n".join(lines)
-    )
+    raise BackendError(f"backend={requested!r} cannot run {_describe(call)}:\n" + "\n".join(lines))
 
 
 @functools.cache

@@ -72,8 +72,7 @@ def test_unknown_names() -> None:
     with pytest.raises(ValueError, match="got 'metal'"), use_backend("metal"):
         pass
     code = (
-        "import torch, convnest_kernels as c; "
-        "c.ops.gelu_layernorm(torch.randn(2, 3), None, None)"
+        "import torch, convnest_kernels as c; c.ops.gelu_layernorm(torch.randn(2, 3), None, None)"
     )
     result = run(code, CONVNEST_BACKEND="metal")
     assert result.returncode == 1
@@ -107,9 +106,7 @@ def test_backward_runs_on_the_backend_of_its_forward(monkeypatch: pytest.MonkeyP
         return implementation(call, requested)
 
     monkeypatch.setattr(backends, "implementation", record)
-    monkeypatch.setattr(
-        "convnest_kernels.ops._contract.runs_eager", lambda call, requested: False
-    )
+    monkeypatch.setattr("convnest_kernels.ops._contract.runs_eager", lambda call, requested: False)
     with use_backend("eager"):
         y = ops.gelu_layernorm(*inputs.args)
     y.sum().backward()

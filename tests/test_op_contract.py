@@ -278,7 +278,9 @@ def test_activation_checkpointing(operator: str, backend: str) -> None:
 def test_output_is_contiguous_for_any_strides(operator: str, backend: str) -> None:
     for layout in ("contiguous", "channels_first", "sliced"):
         case = Case(operator, (2, 4, 5, 6), kernel_size=3, layout=layout)
-        assert case.function(*make_inputs(case, torch.float32).args, backend=backend).is_contiguous()
+        assert case.function(
+            *make_inputs(case, torch.float32).args, backend=backend
+        ).is_contiguous()
 
 
 @each_operator

@@ -67,9 +67,7 @@ def test_float32_parameters_beside_low_precision_activations(
 def test_drawn_shapes(data: st.DataObject, backend: str) -> None:
     operator = data.draw(st.sampled_from(OPERATORS))
     shape = data.draw(
-        st.tuples(
-            st.integers(1, 3), st.integers(1, 16), st.integers(1, 16), st.integers(1, 70)
-        )
+        st.tuples(st.integers(1, 3), st.integers(1, 16), st.integers(1, 16), st.integers(1, 70))
     )
     case = Case(
         operator,
@@ -143,9 +141,7 @@ def test_only_the_gradients_asked_for(operator: str, backend: str) -> None:
 @pytest.mark.parametrize("shape", [(0, 5, 6, 12), (2, 0, 6, 12), (2, 5, 0, 12)])
 def test_empty_batch(operator: str, shape: tuple[int, ...], backend: str) -> None:
     case = Case(operator, shape)
-    results = output_and_gradients(
-        case.function, make_inputs(case, torch.float32), backend=backend
-    )
+    results = output_and_gradients(case.function, make_inputs(case, torch.float32), backend=backend)
     assert results.pop("y").shape == shape
     for name, grad in results.items():
         assert (grad == 0).all(), name

@@ -1,4 +1,4 @@
-"""What the CPU host functions share: dtype codes, addresses and parameters as the core reads them."""
+"""What the CPU host functions share: dtype codes, addresses, parameters as the core reads them."""
 
 from __future__ import annotations
 

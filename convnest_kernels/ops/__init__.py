@@ -1,10 +1,10 @@
 """The operators: channels-last, differentiable, one public function each.
 
-    nested_conv              GELU(g + DW(LN(g))), g = GELU(h)
-    dwconv_gelu_layernorm    LN(act(DW(x))), or act(LN(DW(x)))
-    gelu_layernorm           LN(GELU(x)), or GELU(LN(x))
-    layernorm_residual       s ⊙ x + LN(t)
-    nested_block             the whole ConvNeSt block
+nested_conv              GELU(g + DW(LN(g))), g = GELU(h)
+dwconv_gelu_layernorm    LN(act(DW(x))), or act(LN(DW(x)))
+gelu_layernorm           LN(GELU(x)), or GELU(LN(x))
+layernorm_residual       s ⊙ x + LN(t)
+nested_block             the whole ConvNeSt block
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Define `convnest::<schema>`: one kernel for every device (it selects the backend), one fake."""
+    """Define `convnest::<schema>`: its fake, and the kernel for every device (it selects)."""
     name = schema[: schema.index("(")]
     LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
@@ -58,7 +58,7 @@ def _conv_flops(x_shape: Sequence[int], weight_shape: Sequence[int]) -> int:
 def check_activation(name: str, x: Tensor, axes: str) -> None:
     """Check a channels-last activation, `axes` being its layout: "N, H, W, C" or "..., C"."""
     _check_tensor(name, x)
-    if axes == "N, H, W, C" and x.dim() != 4 or x.dim() == 0:
+    if (axes == "N, H, W, C" and x.dim() != 4) or x.dim() == 0:
         raise ValueError(f"{name} must be [{axes}], got {list(x.shape)}")
     if x.dtype not in DTYPES:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -101,8 +101,7 @@ def check_matrix(name: str, weight: Tensor, rows: int | str, columns: int, x: Te
     if (
         weight.dim() != 2
         or weight.shape[1] != columns
-        or not isinstance(rows, str)
-        and weight.shape[0] != rows
+        or (not isinstance(rows, str) and weight.shape[0] != rows)
     ):
         raise ValueError(f"{name} must be [{rows}, {columns}], got {list(weight.shape)}")
     _check_parameter_type(name, weight, x)
@@ -135,7 +134,9 @@ def _check_parameter_type(name: str, parameter: Tensor, x: Tensor) -> None:
             f"{name} must be {expected} beside {x.dtype} activations, got {parameter.dtype}"
         )
     if parameter.device != x.device:
-        raise ValueError(f"{name} must be on {x.device} like the activation, got {parameter.device}")
+        raise ValueError(
+            f"{name} must be on {x.device} like the activation, got {parameter.device}"
+        )
 
 
 def check_eps(eps: float, x: Tensor) -> None:
@@ -157,7 +158,7 @@ def autocast(name: str, x: Tensor) -> Tensor:
     """Cast an activation to the autocast dtype, as autocast does: where it is on, not float64."""
     _check_tensor(name, x)
     device = x.device.type
-    if x.dtype != torch.float64 and _autocast_is_on(device):
+    if x.dtype != torch.float64 and common.autocast_is_on(device):
         return x.to(torch.get_autocast_dtype(device))
     return x
 
@@ -165,13 +166,9 @@ def autocast(name: str, x: Tensor) -> Tensor:
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Run the eager formula in the dtypes it is given."""
     device = x.device.type
-    if _autocast_is_on(device):
+    if common.autocast_is_on(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
-
-
-def _autocast_is_on(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 @torch.compiler.assume_constant_result
@@ -251,9 +248,7 @@ def match_all(
     )
 
 
-def fake_gradients(
-    inputs: Sequence[Tensor | None], needs: Sequence[bool]
-) -> tuple[Tensor, ...]:
+def fake_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
     """What `match_all` returns, by shape, dtype and strides alone."""
     activation = inputs[0]
     assert activation is not None
@@ -263,9 +258,7 @@ def fake_gradients(
     )
 
 
-def zero_gradients(
-    inputs: Sequence[Tensor | None], needs: Sequence[bool]
-) -> tuple[Tensor, ...]:
+def zero_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
     """The gradients of a call on an empty activation."""
     return tuple(grad.zero_() for grad in fake_gradients(inputs, needs))
 

@@ -57,9 +57,7 @@ def dwconv_gelu_layernorm(
         BackendError: the backend asked for cannot run this call; it never falls back.
     """
     x = _contract.autocast("x", x)
-    call = describe(
-        x, conv_weight, conv_bias, ln_weight, ln_bias, eps=eps, activation=activation
-    )
+    call = describe(x, conv_weight, conv_bias, ln_weight, ln_bias, eps=eps, activation=activation)
     backend = backends.requested(backend)
     inputs = (x, conv_weight, conv_bias, ln_weight, ln_bias)
     if _contract.runs_eager(call, backend):
@@ -185,9 +183,7 @@ def _backward(
         return _contract.zero_gradients(inputs, needs)
     kernel = backends.implementation(_call(x, conv_weight), backend)
     options = (eps, activation, norm_first, needs)
-    grads = kernel.backward(
-        dy.contiguous(), x.contiguous(), c, mean, rstd, *inputs[1:], *options
-    )
+    grads = kernel.backward(dy.contiguous(), x.contiguous(), c, mean, rstd, *inputs[1:], *options)
     return _contract.match_all(grads, inputs, needs)
 
 

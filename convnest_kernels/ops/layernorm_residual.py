@@ -103,9 +103,7 @@ class _LayernormResidual(torch.autograd.Function):
         eps, backend = ctx.options
         needs = ctx.needs_input_grad[: len(inputs)]
         if _contract.differentiates_twice():
-            grads = _contract.eager_gradients(
-                eager_layernorm_residual, inputs, dy, needs, eps=eps
-            )
+            grads = _contract.eager_gradients(eager_layernorm_residual, inputs, dy, needs, eps=eps)
         else:
             t, x, *parameters = inputs
             grads = torch.ops.convnest.layernorm_residual_backward(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -12,6 +11,7 @@ from convnest_kernels.backends import Call
 from convnest_kernels.ops import _contract
 from convnest_kernels.ops.layernorm_residual import layernorm_residual
 from convnest_kernels.ops.nested_conv import nested_conv
+from convnest_kernels.reference.common import linear
 
 RECOMPUTE = ("none", "conv", "all")
 
@@ -71,19 +71,26 @@ def nested_block(
     backend = backends.requested(backend)
 
     def expand(x: Tensor) -> Tensor:
-        return _linear(x, fc1_weight, fc1_bias)
+        return linear(x, fc1_weight, fc1_bias)
 
     def convolve_and_reduce(h: Tensor) -> Tensor:
         v = nested_conv(
             h, conv_weight, conv_bias, norm_weight, norm_bias,
             eps=eps, shortcut=shortcut, backend=backend,
         )  # fmt: skip
-        return _linear(v, fc2_weight, fc2_bias)
+        return linear(v, fc2_weight, fc2_bias)
 
     if recompute == "all" and torch.is_grad_enabled():
-        t = checkpoint(lambda x: convolve_and_reduce(expand(x)), x, use_reentrant=False)
+        t = checkpoint(
+            lambda x: convolve_and_reduce(expand(x)),
+            x,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
     elif recompute == "conv" and torch.is_grad_enabled():
-        t = checkpoint(convolve_and_reduce, expand(x), use_reentrant=False)
+        t = checkpoint(
+            convolve_and_reduce, expand(x), use_reentrant=False, preserve_rng_state=False
+        )
     else:
         t = convolve_and_reduce(expand(x))
     return layernorm_residual(t, x, post_weight, post_bias, scale, eps=eps, backend=backend)
@@ -104,14 +111,6 @@ def describe(
     wide = fc1_weight.shape[0]
     shape = (*x.shape[:-1], wide)
     return Call("nested_conv", x.device.type, x.dtype, wide, conv_weight.shape[2], tuple(shape))
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # Autocast casts by itself; beside low-precision activations float32 parameters are cast here.
-    if not torch.is_autocast_enabled(x.device.type):
-        weight = weight.to(x.dtype)
-        bias = None if bias is None else bias.to(x.dtype)
-    return F.linear(x, weight, bias)
 
 
 def _check(

@@ -26,6 +26,23 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y.permute(0, 2, 3, 1)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Linear layer over the last axis.
+
+    Float32 parameters beside low-precision activations are cast, but not under autocast, which
+    casts them by itself and keeps what it cast.
+    """
+    if not autocast_is_on(x.device.type):
+        weight = weight.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+    return F.linear(x, weight, bias)
+
+
+def autocast_is_on(device: str) -> bool:
+    """Whether autocast is enabled for a device type; False for types that cannot have it."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """LayerNorm over the last axis; parameters are cast to the dtype of x."""
     weight = None if weight is None else weight.to(x.dtype)
@@ -43,7 +60,7 @@ def statistics(x: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
 
 
 def gelu_backward(dy: Tensor, x: Tensor) -> Tensor:
-    """dx of GELU(x), in the dtype of x."""
+    """Dx of GELU(x), in the dtype of x."""
     return torch.ops.aten.gelu_backward(dy.to(x.dtype), x)
 
 
@@ -63,9 +80,7 @@ def layer_norm_backward(
     return (dx * rstd[..., None]).to(x.dtype), (dy * x_hat).sum(rows), dy.sum(rows)
 
 
-def depthwise_conv_backward(
-    dy: Tensor, x: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def depthwise_conv_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight and dbias of `depthwise_conv`, in the dtype of x."""
     channels, _, *kernel = weight.shape
     padding = [size // 2 for size in kernel]
@@ -85,9 +100,7 @@ def depthwise_conv_backward(
     return dx.permute(0, 2, 3, 1), dweight, dbias
 
 
-def backend_gradients(
-    dx: Tensor, *parameters: Tensor, needs: Sequence[bool]
-) -> tuple[Tensor, ...]:
+def backend_gradients(dx: Tensor, *parameters: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
     """Gradients as a backend gives them: contiguous, and empty where none is needed."""
     return tuple(
         grad.contiguous() if need else dx.new_empty(0)

@@ -9,12 +9,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from convnest_kernels.reference.common import depthwise_conv, layer_norm
+from convnest_kernels.reference.common import depthwise_conv, layer_norm, linear
 from convnest_kernels.reference.nested_conv import nested_conv
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _shortcut(x: Tensor, scale: Tensor | None) -> Tensor:
@@ -38,11 +34,11 @@ def vanilla(
     eps: float = 1e-6,
 ) -> Tensor:
     """W1, LN, GELU, DW, LN, GELU, W2, + s ⊙ x."""
-    h = _linear(x, fc1_weight, fc1_bias)
+    h = linear(x, fc1_weight, fc1_bias)
     z = F.gelu(layer_norm(h, norm_weight, norm_bias, eps))
     u = depthwise_conv(z, conv_weight, conv_bias)
     v = F.gelu(layer_norm(u, post_weight, post_bias, eps))
-    return _shortcut(x, scale) + _linear(v, fc2_weight, fc2_bias)
+    return _shortcut(x, scale) + linear(v, fc2_weight, fc2_bias)
 
 
 def pre_activation(
@@ -62,11 +58,11 @@ def pre_activation(
     eps: float = 1e-6,
 ) -> Tensor:
     """W1, GELU, LN, DW, GELU, LN, W2, + s ⊙ x."""
-    h = _linear(x, fc1_weight, fc1_bias)
+    h = linear(x, fc1_weight, fc1_bias)
     z = layer_norm(F.gelu(h), norm_weight, norm_bias, eps)
     u = depthwise_conv(z, conv_weight, conv_bias)
     v = layer_norm(F.gelu(u), post_weight, post_bias, eps)
-    return _shortcut(x, scale) + _linear(v, fc2_weight, fc2_bias)
+    return _shortcut(x, scale) + linear(v, fc2_weight, fc2_bias)
 
 
 def convnest(
@@ -87,11 +83,9 @@ def convnest(
     shortcut: bool = True,
 ) -> Tensor:
     """W1, GELU, LN, DW, + GELU(h), GELU, W2, LN, + s ⊙ x; `post_norm` where shortcut is False."""
-    h = _linear(x, fc1_weight, fc1_bias)
-    v = nested_conv(
-        h, conv_weight, conv_bias, norm_weight, norm_bias, eps=eps, shortcut=shortcut
-    )
-    t = _linear(v, fc2_weight, fc2_bias)
+    h = linear(x, fc1_weight, fc1_bias)
+    v = nested_conv(h, conv_weight, conv_bias, norm_weight, norm_bias, eps=eps, shortcut=shortcut)
+    t = linear(v, fc2_weight, fc2_bias)
     return _shortcut(x, scale) + layer_norm(t, post_weight, post_bias, eps)
 
 

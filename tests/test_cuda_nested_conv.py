@@ -1,0 +1,201 @@
+"""nested_conv's CUDA kernels on the host emulation, against the eager formula in float64."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from convnest_kernels.reference.nested_conv import backward as eager_backward_of
+from convnest_kernels.reference.nested_conv import forward as eager_forward_of
+from tests import emulation
+from tests.tolerances import assert_accurate
+
+pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=str(emulation.missing()))
+
+EPS = 1e-6
+
+
+class FwdParams(emulation.Params):
+    _fields_ = emulation.fields(
+        "h conv_weight conv_bias ln_weight ln_bias v u mean rstd",
+        "N H W C",
+        ("eps", ctypes.c_float),
+        ("shortcut", ctypes.c_bool),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call: shape, kernel size and what is left out."""
+
+    shape: tuple[int, int, int, int]
+    kernel_size: int = 7
+    dtype: torch.dtype = torch.bfloat16
+    shortcut: bool = True
+    affine: bool = True
+    bias: bool = True
+    keep: bool = True
+    seed: int = 2
+
+    def __str__(self) -> str:
+        options = [f"{'x'.join(map(str, self.shape))}-k{self.kernel_size}"]
+        options += [str(self.dtype).removeprefix("torch.")]
+        for name in ("shortcut", "affine", "bias", "keep"):
+            options += [] if getattr(self, name) else [f"no_{name}"]
+        return "-".join([*options, str(self.seed)])
+
+
+CASES = [
+    # Several images beside and below each other, channels of one and a half blocks
+    Case((9, 7, 7, 24)),
+    Case((3, 14, 14, 16), dtype=torch.float16),
+    Case((2, 28, 28, 32), seed=0),
+    Case((2, 9, 56, 16), seed=1),
+    # Images cut into parts; parts of unequal height
+    Case((1, 61, 9, 8), seed=3),
+    # Strips: one pixel more than the canvas, two and a half strips
+    Case((1, 3, 125, 16)),
+    Case((2, 5, 301, 8), dtype=torch.float16),
+    # Smaller than the kernel, a single pixel, a single row, a single column
+    Case((2, 2, 3, 16)),
+    Case((5, 1, 1, 8)),
+    Case((3, 1, 124, 8)),
+    Case((70, 4, 1, 8)),
+    # Channels that no 16-byte access divides
+    Case((2, 6, 5, 1)),
+    Case((2, 8, 10, 13), dtype=torch.float16),
+    Case((1, 9, 9, 20)),
+    # Wide rows: statistics by 2, 4 and 8 warps, and beyond what registers hold
+    Case((1, 2, 2, 1056)),
+    Case((1, 1, 3, 3456)),
+    Case((1, 1, 2, 8200)),
+    # The other kernel sizes
+    Case((2, 10, 11, 16), kernel_size=3),
+    Case((7, 1, 1, 8), kernel_size=3),
+    Case((2, 10, 11, 16), kernel_size=5, dtype=torch.float16),
+    Case((6, 1, 3, 24), kernel_size=5),
+    Case((2, 10, 130, 8), kernel_size=9),
+    Case((2, 17, 11, 13), kernel_size=9, dtype=torch.float16),
+    # Options
+    Case((2, 9, 9, 16), shortcut=False),
+    Case((2, 9, 9, 16), affine=False, bias=False),
+    Case((2, 9, 9, 16), keep=False),
+    Case((2, 9, 9, 12), shortcut=False, affine=False, bias=False, keep=False),
+]
+
+
+def arguments(case: Case) -> tuple[Tensor, ...]:
+    """Random h and parameters (float32) of a case."""
+    C, k = case.shape[-1], case.kernel_size
+    h = torch.randn(case.shape).to(case.dtype)
+    conv_weight = torch.randn(C, 1, k, k) / k
+    conv_bias = torch.randn(C) if case.bias else None
+    ln_weight, ln_bias = (torch.randn(C), torch.randn(C)) if case.affine else (None, None)
+    return h, conv_weight, conv_bias, ln_weight, ln_bias
+
+
+def forward(case: Case, *inputs: Tensor | None, **faults: object) -> tuple[Tensor, ...]:
+    h = inputs[0]
+    names = ("h", "conv_weight", "conv_bias", "ln_weight", "ln_bias")
+    poisoned = {
+        "v": torch.full_like(h, torch.nan),
+        "u": torch.full_like(h, torch.nan) if case.keep else None,
+        "mean": torch.full(h.shape[:-1], torch.nan),
+        "rstd": torch.full(h.shape[:-1], torch.nan),
+    }
+    tensors = dict(zip(names, inputs, strict=True))
+    N, H, W, C = h.shape
+    params = FwdParams.of(
+        **tensors, **poisoned, N=N, H=H, W=W, C=C, eps=EPS, shortcut=case.shortcut
+    )
+    emulation.run(
+        "nested_conv_fwd",
+        ctypes.byref(params),
+        case.kernel_size,
+        int(case.dtype == torch.float16),
+        inputs=tensors,
+        outputs=poisoned,
+        **{"seed": case.seed, **faults},
+    )
+    return tuple(poisoned.values())
+
+
+def eager_forward(case: Case, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    return eager_forward_of(*inputs, EPS, case.shortcut, True)
+
+
+def double(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.double() for t in tensors]
+
+
+def test_params_have_the_cores_layout():
+    bytes_of = emulation.library().nested_conv_fwd_params_bytes
+    bytes_of.restype = ctypes.c_size_t
+    assert bytes_of() == ctypes.sizeof(FwdParams)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward(case):
+    inputs = arguments(case)
+    ours = forward(case, *inputs)
+    truth = eager_forward(case, *double(*inputs))
+    low = [None if t is None else t.to(case.dtype) for t in inputs]
+    eager = eager_forward(case, *low)
+    for name, mine, theirs, true in zip("vu", ours[:2], eager[:2], truth[:2], strict=True):
+        if mine is not None:
+            assert_accurate(name, mine, theirs, true)
+    # Statistics are float32 of a GELU that errs by 7e-6 at most, relative to its tail.
+    mean, rstd = ours[2:]
+    torch.testing.assert_close(mean.double(), truth[2], rtol=2e-5, atol=5e-6)
+    spread = 1 / truth[3]
+    torch.testing.assert_close(1 / rstd.double(), spread, rtol=2e-4, atol=1e-5)
+
+
+def test_forward_does_not_depend_on_the_order_of_threads_and_blocks():
+    case = Case((3, 20, 50, 40))
+    inputs = arguments(case)
+    results = [forward(case, *inputs, seed=seed) for seed in range(4)]
+    for result in results[1:]:
+        for mine, first in zip(result, results[0], strict=True):
+            assert torch.equal(mine, first)
+
+
+def test_unaligned_views_take_the_scalar_path():
+    case = Case((1, 6, 7, 16))
+    h, *parameters = arguments(case)
+    shifted = torch.empty(h.numel() + 1, dtype=h.dtype)[1:].view(h.shape).copy_(h)
+    assert shifted.data_ptr() % 16 != 0
+    for mine, aligned in zip(forward(case, shifted, *parameters), forward(case, h, *parameters), strict=True):
+        assert torch.equal(mine, aligned)
+
+
+def test_gaps_and_halos_keep_other_images_out():
+    case = Case((6, 5, 7, 16))
+    inputs = arguments(case)
+    v = forward(case, *inputs)[0]
+    inputs[0][2] = 100.0
+    changed = forward(case, *inputs)[0]
+    others = [0, 1, 3, 4, 5]
+    assert torch.equal(v[others], changed[others])
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 11, 16), (1, 3, 1, 1056)])
+def test_every_barrier_of_forward_is_needed(shape):
+    case = Case(shape)
+    inputs = arguments(case)
+    forward(case, *inputs)
+    sites = emulation.barrier_sites()
+    assert sites >= 5
+    for site in range(sites):
+        with pytest.raises(emulation.Fault, match="race in shared memory|no thread wrote"):
+            forward(case, *inputs, skipped_barrier=site)
+
+
+def test_kernel_size_without_a_band_is_refused():
+    case = Case((1, 5, 5, 8), kernel_size=11)
+    with pytest.raises(emulation.Fault, match="kernel_size must be 3, 5, 7 or 9, got 11"):
+        forward(case, *arguments(case))
