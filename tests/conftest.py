@@ -11,6 +11,9 @@ import torch
 from convnest_kernels import _extension, backends
 from convnest_kernels.ops import _contract
 
+# Tests run side by side and on small tensors; those of the thread count set it themselves.
+torch.set_num_threads(1)
+
 CPU_ISAS = _extension.module.cpu.isas() if _extension.module is not None else []
 
 # "eager" is the eager backend inside the registered operators, with its hand-written backward.

@@ -295,22 +295,23 @@ def test_inference_keeps_nothing_for_backward(
         torch.testing.assert_close(case.function(*inputs.args), y)
 
 
+@each_backend
 @pytest.mark.parametrize("operator", CONV_OPERATORS)
-def test_bytes_held_for_backward(operator: str) -> None:
-    """Two wide tensors: the input, and u (or c)."""
+def test_bytes_held_for_backward(operator: str, backend: str) -> None:
+    """Two wide tensors, the input and u (or c), the row statistics, and the parameters."""
     case = Case(operator, (2, 8, 8, 48))
     inputs = make_inputs(case, torch.float32)
-    held: dict[int, int] = {}
+    held: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        held[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        held.append(tensor.numel() * tensor.element_size())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        case.function(*inputs.args)
-    wide = inputs.dy.numel() * 4
-    assert sum(size == wide for size in held.values()) == 2
-    assert sum(held.values()) < 2 * wide * 1.2
+        case.function(*inputs.args, backend=backend)
+    wide, statistics = 4 * inputs.dy.numel(), 4 * inputs.dy[..., 0].numel()
+    parameters = [4 * p.numel() for p in inputs.wanted[1:]]
+    assert sorted(held) == sorted([wide, wide, statistics, statistics, *parameters])
 
 
 @each_operator
