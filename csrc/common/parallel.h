@@ -1,0 +1,72 @@
+// Threads and scratch memory of the CPU kernels.
+//
+// Work is cut into units; threads take the next one from a counter. They come from torch's pool
+// when its symbols have been handed over (use_thread_pool), else from a small pool of our own.
+// Several Python threads may call kernels at once. Nothing here throws through a foreign callback.
+//
+// Scratch memory belongs to the thread and is kept between calls, since fresh pages cost more than
+// what is done with them: up to kKeptScratchBytes for each thread's units and as much again for
+// the calls that it makes. What a call needs beyond that is given back when it ends.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace convnest {
+
+constexpr std::size_t kKeptScratchBytes = std::size_t{64} << 20;
+
+// One kernel call's work, for run_units. `scratch` is the worker's own, 64-byte aligned; its
+// contents are undefined. `prepare` may be null; it runs once per worker before its first unit.
+struct Units {
+  std::int64_t count;
+  std::size_t scratch_bytes;
+  void (*prepare)(char* scratch, void* context);
+  void (*run)(std::int64_t unit, char* scratch, void* context);
+  void* context;
+};
+
+// Runs all units and waits. Throws std::bad_alloc in the calling thread when a worker had no
+// memory; then the outputs are incomplete.
+void run_units(const Units& units);
+
+int num_threads();
+
+// The number of threads of our own pool; throws std::logic_error when torch's is in use.
+void set_num_threads(int count);
+
+// Addresses of torch_parallel_for and torch_get_num_threads (torch/csrc/stable/c/shim.h).
+void use_thread_pool(std::uintptr_t parallel_for, std::uintptr_t get_num_threads);
+
+// Memory of one kernel call, owned by the calling thread until the scope ends; 64-byte aligned.
+// Throws std::bad_alloc.
+class CallScratch {
+ public:
+  explicit CallScratch(std::size_t bytes);
+  ~CallScratch();
+  CallScratch(const CallScratch&) = delete;
+  CallScratch& operator=(const CallScratch&) = delete;
+  char* data() const { return data_; }
+
+ private:
+  char* data_;
+};
+
+// Hands out consecutive 64-byte aligned pieces. With a null base it only counts bytes.
+class Carver {
+ public:
+  explicit Carver(char* base) : base_(base) {}
+  template <class A>
+  A* take(std::int64_t count) {
+    const std::size_t at = used_;
+    used_ += (static_cast<std::size_t>(count) * sizeof(A) + 63) / 64 * 64;
+    return base_ == nullptr ? nullptr : reinterpret_cast<A*>(base_ + at);
+  }
+  std::size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  std::size_t used_ = 0;
+};
+
+}  // namespace convnest
