@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -46,8 +47,22 @@ def _share_torch_threads(core: ModuleType) -> bool:
     return True
 
 
+def _force_instruction_set(core: ModuleType) -> str | None:
+    """Take the instruction set that CONVNEST_CPU_ISA names; return what is wrong with it, if so."""
+    name = os.environ.get("CONVNEST_CPU_ISA")
+    if not name:
+        return None
+    try:
+        core.cpu.set_isa(name)
+    except ValueError as problem:
+        reason = f"CONVNEST_CPU_ISA={name}: {problem}"
+        warnings.warn(f"{reason}; the cpu backend is off", stacklevel=2)
+        return reason
+    return None
+
+
 module, error = _load()
 shares_torch_threads = module is not None and _share_torch_threads(module)
-
-if module is not None and os.environ.get("CONVNEST_CPU_ISA"):
-    module.cpu.set_isa(os.environ["CONVNEST_CPU_ISA"])
+if module is not None:
+    # A wrong name is a reason against the backend, not a crash of the import.
+    error = _force_instruction_set(module)

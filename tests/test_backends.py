@@ -12,6 +12,7 @@ import torch
 from bench.cases import OPERATORS, Case, make_inputs
 from convnest_kernels import BackendError, backends, explain, ops, use_backend
 from convnest_kernels.backends import BACKENDS, Call
+from tests.conftest import BACKENDS as BACKENDS_HERE
 
 CALL = Call("nested_conv", "cpu", torch.float32, 48, 7, (2, 8, 8, 48))
 
@@ -177,3 +178,25 @@ c.ops.gelu_layernorm(x, None, None)
 """
     result = run(code)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif("cpu-portable" not in BACKENDS_HERE, reason="the native module is not built")
+@pytest.mark.parametrize("isa", ["portable", "nonsense"])
+def test_the_environment_forces_an_instruction_set(isa: str) -> None:
+    code = """
+import torch, convnest_kernels as c
+from convnest_kernels import _extension
+print(_extension.module.cpu.isa())
+print(*c.explain(c.ops.gelu_layernorm, torch.randn(2, 3), None, None).reasons["cpu"])
+"""
+    result = run(code, CONVNEST_CPU_ISA=isa)
+    assert result.returncode == 0, result.stderr
+    active, reasons = result.stdout.splitlines()
+    if isa == "portable":
+        assert active == "portable"
+        assert not reasons
+        assert not result.stderr
+    else:
+        expected = "CONVNEST_CPU_ISA=nonsense: isa must be one of"
+        assert expected in reasons
+        assert expected in result.stderr
