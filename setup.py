@@ -3,6 +3,7 @@
 Environment:
     CONVNEST_CUDA=auto|0|1         build the CUDA kernels (auto: when it is possible)
     CONVNEST_SKIP_EXTENSION=1      install without the native module: pure Python, on purpose
+    CONVNEST_BUILD_DIR=FOLDER      where to compile (build/cmake-<interpreter> otherwise)
     CONVNEST_BUILD_JOBS=N          compiler processes at once (ninja's own choice otherwise)
     CMAKE_ARGS="..."               more arguments for CMake, such as -DCMAKE_CXX_COMPILER=clang++
 """
@@ -55,7 +56,8 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = ROOT / self.get_ext_fullpath(ext.name)
         # Not pip's temporary folder, so that the next build compiles what changed only.
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        default = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build = Path(os.environ.get("CONVNEST_BUILD_DIR") or default).resolve()
         # A folder of another interpreter is of no use.
         if read_cache(build).get("Python_EXECUTABLE", sys.executable) != sys.executable:
             shutil.rmtree(build)

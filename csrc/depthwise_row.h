@@ -21,40 +21,40 @@ constexpr int kLargeTile = 7;
 constexpr int kSmallTile = 4;
 
 struct TilePlan {
-  std::int64_t large;
-  std::int64_t small;
-  std::int64_t width() const { return kLargeTile * large + kSmallTile * small; }
+    std::int64_t large;
+    std::int64_t small;
+    std::int64_t width() const { return kLargeTile * large + kSmallTile * small; }
 };
 
 // conv_rows and weight_rows for one kernel size; `L` lanes to a vector.
 //   rows[i]   input row y0 - p + i, at its first padding column; i in [begin, end) is in the image
 template <class A>
 struct ConvRows {
-  const A* const* rows;
-  std::int64_t begin, end;
-  const A* weight;  // [K * K][L]
-  A* out;           // out + y * out_row + x * out_pixel
-  std::int64_t out_row, out_pixel;
-  std::int64_t count;  // output rows y0 ... y0 + count - 1
-  std::int64_t width;
-  TilePlan plan;
+    const A* const* rows;
+    std::int64_t begin, end;
+    const A* weight;  // [K * K][L]
+    A* out;           // out + y * out_row + x * out_pixel
+    std::int64_t out_row, out_pixel;
+    std::int64_t count;  // output rows y0 ... y0 + count - 1
+    std::int64_t width;
+    TilePlan plan;
 };
 
 template <class A>
 struct WeightRows {
-  const A* const* rows;  // of dy
-  std::int64_t begin, end;
-  const A* in;      // [count][plan.width()][L], zero from `width` on
-  A* dweight_flip;  // [K * K][L]: entry K*K-1-(ky*K+kx) gains dw[ky,kx]
-  std::int64_t count;
-  std::int64_t width;
-  TilePlan plan;
+    const A* const* rows;  // of dy
+    std::int64_t begin, end;
+    const A* in;      // [count][plan.width()][L], zero from `width` on
+    A* dweight_flip;  // [K * K][L]: entry K*K-1-(ky*K+kx) gains dw[ky,kx]
+    std::int64_t count;
+    std::int64_t width;
+    TilePlan plan;
 };
 
 template <class A>
 struct RowKernels {
-  void (*conv_rows)(const ConvRows<A>&);
-  void (*weight_rows)(const WeightRows<A>&);
+    void (*conv_rows)(const ConvRows<A>&);
+    void (*weight_rows)(const WeightRows<A>&);
 };
 
 // K is 3, 5, 7, 9, 11 or 13; the caller has checked it.
@@ -64,35 +64,35 @@ void row_kernels(int K, RowKernels<double>* kernels);
 namespace {
 
 inline TilePlan plan_tiles(std::int64_t width) {
-  TilePlan best{(width + kLargeTile - 1) / kLargeTile, 0};
-  // A small tile costs a little more per column: it loads K - 1 halo columns for fewer outputs.
-  const auto cost = [](TilePlan plan) { return 70 * plan.large + 44 * plan.small; };
-  for (std::int64_t small = 1; small < kLargeTile; ++small) {
-    const std::int64_t rest = width - kSmallTile * small;
-    const TilePlan plan{rest > 0 ? (rest + kLargeTile - 1) / kLargeTile : 0, small};
-    if (cost(plan) < cost(best)) best = plan;
-  }
-  return best;
+    TilePlan best{(width + kLargeTile - 1) / kLargeTile, 0};
+    // A small tile costs a little more per column: it loads K - 1 halo columns for fewer outputs.
+    const auto cost = [](TilePlan plan) { return 70 * plan.large + 44 * plan.small; };
+    for (std::int64_t small = 1; small < kLargeTile; ++small) {
+        const std::int64_t rest = width - kSmallTile * small;
+        const TilePlan plan{rest > 0 ? (rest + kLargeTile - 1) / kLargeTile : 0, small};
+        if (cost(plan) < cost(best)) best = plan;
+    }
+    return best;
 }
 
 // Image rows in the accumulate type: row y of channel vector b is at row(b, y), with p columns of
 // zeros before it and at least p after it. Rows `slots` apart share memory.
 template <class A>
 struct Ring {
-  A* data;
-  std::int64_t slots, padded, block_stride;
-  int pad;
+    A* data;
+    std::int64_t slots, padded, block_stride;
+    int pad;
 
-  static std::int64_t block_elements(std::int64_t slots, std::int64_t padded) {
-    // An odd number of vectors: the same pixel in all blocks spreads over all cache sets.
-    return (slots * padded | 1) * kLanes<A>;
-  }
-  A* row(std::int64_t block, std::int64_t y) const {
-    return data + block * block_stride + (y % slots) * padded * kLanes<A>;
-  }
-  void clear(std::int64_t blocks) const {
-    for (std::int64_t i = 0; i < blocks * block_stride; ++i) data[i] = 0;
-  }
+    static std::int64_t block_elements(std::int64_t slots, std::int64_t padded) {
+        // An odd number of vectors: the same pixel in all blocks spreads over all cache sets.
+        return (slots * padded | 1) * kLanes<A>;
+    }
+    A* row(std::int64_t block, std::int64_t y) const {
+        return data + block * block_stride + (y % slots) * padded * kLanes<A>;
+    }
+    void clear(std::int64_t blocks) const {
+        for (std::int64_t i = 0; i < blocks * block_stride; ++i) data[i] = 0;
+    }
 };
 
 }  // namespace

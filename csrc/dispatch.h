@@ -13,15 +13,15 @@
 namespace convnest {
 
 struct Kernels {
-  const char* isa;
-  void (*nested_conv_forward)(const NestedConvFwdParams&);
-  void (*nested_conv_backward)(const NestedConvBwdParams&);
-  void (*dwconv_gelu_layernorm_forward)(const DwconvGeluLayernormFwdParams&);
-  void (*dwconv_gelu_layernorm_backward)(const DwconvGeluLayernormBwdParams&);
-  void (*gelu_layernorm_forward)(const GeluLayernormFwdParams&);
-  void (*gelu_layernorm_backward)(const GeluLayernormBwdParams&);
-  void (*layernorm_residual_forward)(const LayernormResidualFwdParams&);
-  void (*layernorm_residual_backward)(const LayernormResidualBwdParams&);
+    const char* isa;
+    void (*nested_conv_forward)(const NestedConvFwdParams&);
+    void (*nested_conv_backward)(const NestedConvBwdParams&);
+    void (*dwconv_gelu_layernorm_forward)(const DwconvGeluLayernormFwdParams&);
+    void (*dwconv_gelu_layernorm_backward)(const DwconvGeluLayernormBwdParams&);
+    void (*gelu_layernorm_forward)(const GeluLayernormFwdParams&);
+    void (*gelu_layernorm_backward)(const GeluLayernormBwdParams&);
+    void (*layernorm_residual_forward)(const LayernormResidualFwdParams&);
+    void (*layernorm_residual_backward)(const LayernormResidualBwdParams&);
 };
 
 // The active set: the best one that this machine runs, unless set_isa chose another.

@@ -18,168 +18,168 @@ namespace {
 
 template <class T>
 struct Forward {
-  using A = Accumulate<T>;
+    using A = Accumulate<T>;
 
-  const LayernormResidualFwdParams& p;
-  std::int64_t units;
-  A *ln_weight, *ln_bias, *scale;
+    const LayernormResidualFwdParams& p;
+    std::int64_t units;
+    A *ln_weight, *ln_bias, *scale;
 
-  static void run_unit(std::int64_t unit, char* base, void* context) {
-    const Forward& f = *static_cast<const Forward*>(context);
-    const Range rows = part_of(f.p.rows, f.units, unit);
-    for (std::int64_t row = rows.begin; row < rows.end; ++row) {
-      f.run_row(row, reinterpret_cast<A*>(base));
+    static void run_unit(std::int64_t unit, char* base, void* context) {
+        const Forward& f = *static_cast<const Forward*>(context);
+        const Range rows = part_of(f.p.rows, f.units, unit);
+        for (std::int64_t row = rows.begin; row < rows.end; ++row) {
+            f.run_row(row, reinterpret_cast<A*>(base));
+        }
     }
-  }
 
-  void run_row(std::int64_t row, A* values) const {
-    const T* t = static_cast<const T*>(p.t) + row * p.C;
-    const T* x = static_cast<const T*>(p.x) + row * p.C;
-    T* y = static_cast<T*>(p.y) + row * p.C;
-    ChannelSum<A> sum;
-    over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-      const auto value = load_as(t + c, lanes);
-      store_all(values + c, value);
-      sum.add(value);
-    });
-    const auto stats = row_statistics(values, p.C, sum.total(), static_cast<A>(p.eps));
-    over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-      const auto xhat = (load_all(values + c, lanes) - stats.mean) * stats.rstd;
-      const auto norm = xhat * load_all(ln_weight + c, lanes) + load_all(ln_bias + c, lanes);
-      store_as(y + c, load_as(x + c, lanes) * load_all(scale + c, lanes) + norm, lanes);
-    });
-    if (p.mean != nullptr) static_cast<A*>(p.mean)[row] = stats.mean;
-    if (p.rstd != nullptr) static_cast<A*>(p.rstd)[row] = stats.rstd;
-  }
+    void run_row(std::int64_t row, A* values) const {
+        const T* t = static_cast<const T*>(p.t) + row * p.C;
+        const T* x = static_cast<const T*>(p.x) + row * p.C;
+        T* y = static_cast<T*>(p.y) + row * p.C;
+        ChannelSum<A> sum;
+        over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+            const auto value = load_as(t + c, lanes);
+            store_all(values + c, value);
+            sum.add(value);
+        });
+        const auto stats = row_statistics(values, p.C, sum.total(), static_cast<A>(p.eps));
+        over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+            const auto xhat = (load_all(values + c, lanes) - stats.mean) * stats.rstd;
+            const auto norm = xhat * load_all(ln_weight + c, lanes) + load_all(ln_bias + c, lanes);
+            store_as(y + c, load_as(x + c, lanes) * load_all(scale + c, lanes) + norm, lanes);
+        });
+        if (p.mean != nullptr) static_cast<A*>(p.mean)[row] = stats.mean;
+        if (p.rstd != nullptr) static_cast<A*>(p.rstd)[row] = stats.rstd;
+    }
 };
 
 template <class T>
 struct Backward {
-  using A = Accumulate<T>;
+    using A = Accumulate<T>;
 
-  const LayernormResidualBwdParams& p;
-  std::int64_t chunks;
-  A *ln_weight, *scale;
-  Partials<A> partials;  // kBias holds dscale
+    const LayernormResidualBwdParams& p;
+    std::int64_t chunks;
+    A *ln_weight, *scale;
+    Partials<A> partials;  // kBias holds dscale
 
-  // One worker's memory, all [Cp].
-  struct Scratch {
-    A *xhat, *f, *dgamma, *dbeta, *dscale;
-    std::size_t bytes;
-  };
+    // One worker's memory, all [Cp].
+    struct Scratch {
+        A *xhat, *f, *dgamma, *dbeta, *dscale;
+        std::size_t bytes;
+    };
 
-  Scratch carve(char* base) const {
-    Carver carver(base);
-    Scratch s;
-    for (A** at : {&s.xhat, &s.f, &s.dgamma, &s.dbeta, &s.dscale}) {
-      *at = carver.take<A>(padded_channels<A>(p.C));
+    Scratch carve(char* base) const {
+        Carver carver(base);
+        Scratch s;
+        for (A** at : {&s.xhat, &s.f, &s.dgamma, &s.dbeta, &s.dscale}) {
+            *at = carver.take<A>(padded_channels<A>(p.C));
+        }
+        s.bytes = carver.used();
+        return s;
     }
-    s.bytes = carver.used();
-    return s;
-  }
 
-  static void run_chunk(std::int64_t chunk, char* base, void* context) {
-    const Backward& f = *static_cast<const Backward*>(context);
-    const Scratch s = f.carve(base);
-    f.partials.clear(chunk);
-    const Range rows = part_of(f.p.rows, f.chunks, chunk);
-    for (std::int64_t row = rows.begin; row < rows.end; row += kRowsPerSum) {
-      const std::int64_t end = row + kRowsPerSum < rows.end ? row + kRowsPerSum : rows.end;
-      for (std::int64_t c = 0; c < padded_channels<A>(f.p.C); ++c) {
-        s.dgamma[c] = s.dbeta[c] = s.dscale[c] = 0;
-      }
-      for (std::int64_t r = row; r < end; ++r) f.run_row(r, s);
-      f.partials.add_row(chunk, f.partials.kGamma, s.dgamma);
-      f.partials.add_row(chunk, f.partials.kBeta, s.dbeta);
-      f.partials.add_row(chunk, f.partials.kBias, s.dscale);
+    static void run_chunk(std::int64_t chunk, char* base, void* context) {
+        const Backward& f = *static_cast<const Backward*>(context);
+        const Scratch s = f.carve(base);
+        f.partials.clear(chunk);
+        const Range rows = part_of(f.p.rows, f.chunks, chunk);
+        for (std::int64_t row = rows.begin; row < rows.end; row += kRowsPerSum) {
+            const std::int64_t end = row + kRowsPerSum < rows.end ? row + kRowsPerSum : rows.end;
+            for (std::int64_t c = 0; c < padded_channels<A>(f.p.C); ++c) {
+                s.dgamma[c] = s.dbeta[c] = s.dscale[c] = 0;
+            }
+            for (std::int64_t r = row; r < end; ++r) f.run_row(r, s);
+            f.partials.add_row(chunk, f.partials.kGamma, s.dgamma);
+            f.partials.add_row(chunk, f.partials.kBeta, s.dbeta);
+            f.partials.add_row(chunk, f.partials.kBias, s.dscale);
+        }
     }
-  }
 
-  void run_row(std::int64_t row, const Scratch& s) const {
-    const T* dy = static_cast<const T*>(p.dy) + row * p.C;
-    const T* t = static_cast<const T*>(p.t) + row * p.C;
-    const T* x = p.dscale == nullptr ? nullptr : static_cast<const T*>(p.x) + row * p.C;
-    T* dx = p.dx == nullptr ? nullptr : static_cast<T*>(p.dx) + row * p.C;
-    const A mean = static_cast<const A*>(p.mean)[row], rstd = static_cast<const A*>(p.rstd)[row];
-    ChannelSum<A> sum_f, sum_fx;
-    over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-      const auto e = load_as(dy + c, lanes);
-      const auto xhat = (load_as(t + c, lanes) - mean) * rstd;
-      const auto f = e * load_all(ln_weight + c, lanes);
-      store_all(s.xhat + c, xhat);
-      store_all(s.f + c, f);
-      store_all(s.dgamma + c, load_all(s.dgamma + c, lanes) + e * xhat);
-      store_all(s.dbeta + c, load_all(s.dbeta + c, lanes) + e);
-      if (x != nullptr) {
-        store_all(s.dscale + c, load_all(s.dscale + c, lanes) + e * load_as(x + c, lanes));
-      }
-      if (dx != nullptr) store_as(dx + c, e * load_all(scale + c, lanes), lanes);
-      sum_f.add(f);
-      sum_fx.add(f * xhat);
-    });
-    if (p.dt == nullptr) return;
-    const NormGradient<A> norm{rstd, sum_f.total() / static_cast<A>(p.C),
-                               sum_fx.total() / static_cast<A>(p.C)};
-    T* dt = static_cast<T*>(p.dt) + row * p.C;
-    over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-      store_as(dt + c, norm(load_all(s.f + c, lanes), load_all(s.xhat + c, lanes)), lanes);
-    });
-  }
+    void run_row(std::int64_t row, const Scratch& s) const {
+        const T* dy = static_cast<const T*>(p.dy) + row * p.C;
+        const T* t = static_cast<const T*>(p.t) + row * p.C;
+        const T* x = p.dscale == nullptr ? nullptr : static_cast<const T*>(p.x) + row * p.C;
+        T* dx = p.dx == nullptr ? nullptr : static_cast<T*>(p.dx) + row * p.C;
+        const A mean = static_cast<const A*>(p.mean)[row],
+                rstd = static_cast<const A*>(p.rstd)[row];
+        ChannelSum<A> sum_f, sum_fx;
+        over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+            const auto e = load_as(dy + c, lanes);
+            const auto xhat = (load_as(t + c, lanes) - mean) * rstd;
+            const auto f = e * load_all(ln_weight + c, lanes);
+            store_all(s.xhat + c, xhat);
+            store_all(s.f + c, f);
+            store_all(s.dgamma + c, load_all(s.dgamma + c, lanes) + e * xhat);
+            store_all(s.dbeta + c, load_all(s.dbeta + c, lanes) + e);
+            if (x != nullptr) {
+                store_all(s.dscale + c, load_all(s.dscale + c, lanes) + e * load_as(x + c, lanes));
+            }
+            if (dx != nullptr) store_as(dx + c, e * load_all(scale + c, lanes), lanes);
+            sum_f.add(f);
+            sum_fx.add(f * xhat);
+        });
+        if (p.dt == nullptr) return;
+        const NormGradient<A> norm{rstd, sum_f.total() / static_cast<A>(p.C),
+                                   sum_fx.total() / static_cast<A>(p.C)};
+        T* dt = static_cast<T*>(p.dt) + row * p.C;
+        over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+            store_as(dt + c, norm(load_all(s.f + c, lanes), load_all(s.xhat + c, lanes)), lanes);
+        });
+    }
 };
 
 template <class T>
 void forward(const LayernormResidualFwdParams& p) {
-  using A = Accumulate<T>;
-  const std::int64_t channels = padded_channels<A>(p.C);
-  const CallScratch memory(3 * channels * sizeof(A));
-  A* parameters = reinterpret_cast<A*>(memory.data());
-  copy_parameter(p.ln_weight, A(1), p.C, parameters);
-  copy_parameter(p.ln_bias, A(0), p.C, parameters + channels);
-  copy_parameter(p.scale, A(1), p.C, parameters + 2 * channels);
-  Forward<T> f{p, row_units(p.rows, p.C), parameters, parameters + channels,
-               parameters + 2 * channels};
-  run_units({f.units, channels * sizeof(A), nullptr, f.run_unit, &f});
+    using A = Accumulate<T>;
+    const std::int64_t channels = padded_channels<A>(p.C);
+    const CallScratch memory(3 * channels * sizeof(A));
+    A* parameters = reinterpret_cast<A*>(memory.data());
+    copy_parameter(p.ln_weight, A(1), p.C, parameters);
+    copy_parameter(p.ln_bias, A(0), p.C, parameters + channels);
+    copy_parameter(p.scale, A(1), p.C, parameters + 2 * channels);
+    Forward<T> f{p, row_units(p.rows, p.C), parameters, parameters + channels,
+                 parameters + 2 * channels};
+    run_units({f.units, channels * sizeof(A), nullptr, f.run_unit, &f});
 }
 
 template <class T>
 void backward(const LayernormResidualBwdParams& p) {
-  using A = Accumulate<T>;
-  const std::int64_t chunks =
-      chunk_count(row_units(p.rows, p.C), Partials<A>::bytes(p.C, 0));
-  Backward<T> f{p, chunks, {}, {}, {}};
-  const auto carve = [&](char* base) {
-    Carver carver(base);
-    f.ln_weight = carver.take<A>(padded_channels<A>(p.C));
-    f.scale = carver.take<A>(padded_channels<A>(p.C));
-    f.partials = Partials<A>::take(carver, chunks, p.C, 0);
-    return carver.used();
-  };
-  const CallScratch memory(carve(nullptr));
-  carve(memory.data());
-  copy_parameter(p.ln_weight, A(1), p.C, f.ln_weight);
-  copy_parameter(p.scale, A(1), p.C, f.scale);
-  run_units({chunks, f.carve(nullptr).bytes, nullptr, f.run_chunk, &f});
-  f.partials.sum(nullptr, p.dscale, p.dln_weight, p.dln_bias);
+    using A = Accumulate<T>;
+    const std::int64_t chunks = chunk_count(row_units(p.rows, p.C), Partials<A>::bytes(p.C, 0));
+    Backward<T> f{p, chunks, {}, {}, {}};
+    const auto carve = [&](char* base) {
+        Carver carver(base);
+        f.ln_weight = carver.take<A>(padded_channels<A>(p.C));
+        f.scale = carver.take<A>(padded_channels<A>(p.C));
+        f.partials = Partials<A>::take(carver, chunks, p.C, 0);
+        return carver.used();
+    };
+    const CallScratch memory(carve(nullptr));
+    carve(memory.data());
+    copy_parameter(p.ln_weight, A(1), p.C, f.ln_weight);
+    copy_parameter(p.scale, A(1), p.C, f.scale);
+    run_units({chunks, f.carve(nullptr).bytes, nullptr, f.run_chunk, &f});
+    f.partials.sum(nullptr, p.dscale, p.dln_weight, p.dln_bias);
 }
 
 }  // namespace
 
 void layernorm_residual_forward(const LayernormResidualFwdParams& p) {
-  switch (p.dtype) {
-    case DType::kFloat32: return forward<float>(p);
-    case DType::kFloat64: return forward<double>(p);
-    case DType::kBFloat16: return forward<BFloat16>(p);
-    case DType::kFloat16: return forward<Float16>(p);
-  }
+    switch (p.dtype) {
+        case DType::kFloat32: return forward<float>(p);
+        case DType::kFloat64: return forward<double>(p);
+        case DType::kBFloat16: return forward<BFloat16>(p);
+        case DType::kFloat16: return forward<Float16>(p);
+    }
 }
 
 void layernorm_residual_backward(const LayernormResidualBwdParams& p) {
-  switch (p.dtype) {
-    case DType::kFloat32: return backward<float>(p);
-    case DType::kFloat64: return backward<double>(p);
-    case DType::kBFloat16: return backward<BFloat16>(p);
-    case DType::kFloat16: return backward<Float16>(p);
-  }
+    switch (p.dtype) {
+        case DType::kFloat32: return backward<float>(p);
+        case DType::kFloat64: return backward<double>(p);
+        case DType::kBFloat16: return backward<BFloat16>(p);
+        case DType::kFloat16: return backward<Float16>(p);
+    }
 }
 
 }  // namespace convnest::CONVNEST_ISA

@@ -9,20 +9,20 @@ enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3
 
 // 16-bit floats are bits in memory; only loads and stores convert them.
 struct BFloat16 {
-  std::uint16_t bits;
+    std::uint16_t bits;
 };
 struct Float16 {
-  std::uint16_t bits;
+    std::uint16_t bits;
 };
 
 // The type a kernel computes in, and that of parameters, statistics and parameter gradients.
 template <class T>
 struct AccumulateOf {
-  using type = float;
+    using type = float;
 };
 template <>
 struct AccumulateOf<double> {
-  using type = double;
+    using type = double;
 };
 template <class T>
 using Accumulate = typename AccumulateOf<T>::type;

@@ -14,29 +14,29 @@ namespace {
 
 template <class A, int N>
 struct Pack {
-  Vec<A> v[N];
+    Vec<A> v[N];
 };
 
 template <class A, int N, class F>
 CONVNEST_INLINE Pack<A, N> make_pack(F&& f) {
-  Pack<A, N> r;
-  unroll<N>([&](auto i) CONVNEST_INLINE_LAMBDA { r.v[i] = f(i); });
-  return r;
+    Pack<A, N> r;
+    unroll<N>([&](auto i) CONVNEST_INLINE_LAMBDA { r.v[i] = f(i); });
+    return r;
 }
 
-#define CONVNEST_PACK_OPERATOR(op)                                                            \
-  template <class A, int N>                                                                   \
-  CONVNEST_INLINE Pack<A, N> operator op(const Pack<A, N>& a, const Pack<A, N>& b) {          \
-    return make_pack<A, N>([&](auto i) CONVNEST_INLINE_LAMBDA { return a.v[i] op b.v[i]; });  \
-  }                                                                                           \
-  template <class A, int N>                                                                   \
-  CONVNEST_INLINE Pack<A, N> operator op(const Pack<A, N>& a, A b) {                          \
-    return make_pack<A, N>([&](auto i) CONVNEST_INLINE_LAMBDA { return a.v[i] op b; });       \
-  }                                                                                           \
-  template <class A, int N>                                                                   \
-  CONVNEST_INLINE Pack<A, N> operator op(A a, const Pack<A, N>& b) {                          \
-    return make_pack<A, N>([&](auto i) CONVNEST_INLINE_LAMBDA { return a op b.v[i]; });       \
-  }
+#define CONVNEST_PACK_OPERATOR(op)                                                               \
+    template <class A, int N>                                                                    \
+    CONVNEST_INLINE Pack<A, N> operator op(const Pack<A, N>& a, const Pack<A, N>& b) {           \
+        return make_pack<A, N>([&](auto i) CONVNEST_INLINE_LAMBDA { return a.v[i] op b.v[i]; }); \
+    }                                                                                            \
+    template <class A, int N>                                                                    \
+    CONVNEST_INLINE Pack<A, N> operator op(const Pack<A, N>& a, A b) {                           \
+        return make_pack<A, N>([&](auto i) CONVNEST_INLINE_LAMBDA { return a.v[i] op b; });      \
+    }                                                                                            \
+    template <class A, int N>                                                                    \
+    CONVNEST_INLINE Pack<A, N> operator op(A a, const Pack<A, N>& b) {                           \
+        return make_pack<A, N>([&](auto i) CONVNEST_INLINE_LAMBDA { return a op b.v[i]; });      \
+    }
 CONVNEST_PACK_OPERATOR(+)
 CONVNEST_PACK_OPERATOR(-)
 CONVNEST_PACK_OPERATOR(*)
@@ -46,187 +46,179 @@ CONVNEST_PACK_OPERATOR(*)
 
 template <int N>
 struct AllLanes {
-  static constexpr int kVectors = N;
+    static constexpr int kVectors = N;
 };
 struct FirstLanes {
-  static constexpr int kVectors = 1;
-  int count;
+    static constexpr int kVectors = 1;
+    int count;
 };
 
 // From and to a tensor. Lanes that are not there are read as 0.
 template <class T, int N>
 CONVNEST_INLINE Pack<Accumulate<T>, N> load_as(const T* p, AllLanes<N>) {
-  using A = Accumulate<T>;
-  return make_pack<A, N>([&](auto i) CONVNEST_INLINE_LAMBDA {
-    return load_from(p + i * kLanes<A>);
-  });
+    using A = Accumulate<T>;
+    return make_pack<A, N>([&](auto i)
+                               CONVNEST_INLINE_LAMBDA { return load_from(p + i * kLanes<A>); });
 }
 template <class T>
 CONVNEST_INLINE Pack<Accumulate<T>, 1> load_as(const T* p, FirstLanes lanes) {
-  T padded[kLanes<Accumulate<T>>] = {};
-  for (int i = 0; i < lanes.count; ++i) padded[i] = p[i];
-  return {load_from(padded)};
+    T padded[kLanes<Accumulate<T>>] = {};
+    for (int i = 0; i < lanes.count; ++i) padded[i] = p[i];
+    return {load_from(padded)};
 }
 
 template <class T, int N>
 CONVNEST_INLINE void store_as(T* p, const Pack<Accumulate<T>, N>& pack, AllLanes<N>) {
-  unroll<N>([&](auto i) CONVNEST_INLINE_LAMBDA {
-    store_to(p + i * kLanes<Accumulate<T>>, pack.v[i]);
-  });
+    unroll<N>([&](auto i)
+                  CONVNEST_INLINE_LAMBDA { store_to(p + i * kLanes<Accumulate<T>>, pack.v[i]); });
 }
 template <class T>
 CONVNEST_INLINE void store_as(T* p, const Pack<Accumulate<T>, 1>& pack, FirstLanes lanes) {
-  T padded[kLanes<Accumulate<T>>];
-  store_to(padded, pack.v[0]);
-  for (int i = 0; i < lanes.count; ++i) p[i] = padded[i];
+    T padded[kLanes<Accumulate<T>>];
+    store_to(padded, pack.v[0]);
+    for (int i = 0; i < lanes.count; ++i) p[i] = padded[i];
 }
 
 // What storing as T and loading again would give.
 template <class T, int N>
 CONVNEST_INLINE Pack<Accumulate<T>, N> rounded_to(const Pack<Accumulate<T>, N>& pack) {
-  if constexpr (sizeof(T) != 2) {
-    return pack;
-  } else {
-    return make_pack<float, N>([&](auto i) CONVNEST_INLINE_LAMBDA {
-      return widen(narrow(pack.v[i], T{}), T{});
-    });
-  }
+    if constexpr (sizeof(T) != 2) {
+        return pack;
+    } else {
+        return make_pack<float, N>(
+            [&](auto i) CONVNEST_INLINE_LAMBDA { return widen(narrow(pack.v[i], T{}), T{}); });
+    }
 }
 
 // From and to a buffer of whole vectors.
 template <class A, class Lanes>
 CONVNEST_INLINE Pack<A, Lanes::kVectors> load_all(const A* p, Lanes) {
-  return make_pack<A, Lanes::kVectors>([&](auto i) CONVNEST_INLINE_LAMBDA {
-    return load(p + i * kLanes<A>);
-  });
+    return make_pack<A, Lanes::kVectors>(
+        [&](auto i) CONVNEST_INLINE_LAMBDA { return load(p + i * kLanes<A>); });
 }
 // With `stride` elements from one vector to the next.
 template <class A, int N>
 CONVNEST_INLINE void store_all(A* p, const Pack<A, N>& pack, std::int64_t stride = kLanes<A>) {
-  unroll<N>([&](auto i) CONVNEST_INLINE_LAMBDA { store(p + i * stride, pack.v[i]); });
+    unroll<N>([&](auto i) CONVNEST_INLINE_LAMBDA { store(p + i * stride, pack.v[i]); });
 }
 
 template <class A, int N>
 CONVNEST_INLINE Pack<A, N> zero_others(const Pack<A, N>& pack, AllLanes<N>) {
-  return pack;
+    return pack;
 }
 template <class A>
 CONVNEST_INLINE Pack<A, 1> zero_others(Pack<A, 1> pack, FirstLanes lanes) {
-  for (int i = lanes.count; i < kLanes<A>; ++i) pack.v[0][i] = 0;
-  return pack;
+    for (int i = lanes.count; i < kLanes<A>; ++i) pack.v[0][i] = 0;
+    return pack;
 }
 
 // f(c, lanes) for all of a row's C channels, in packs as long as they last.
 constexpr int kPack = kVectorBytes == 64 ? 4 : 2;
 template <class A, class F>
 CONVNEST_INLINE void over_channels(std::int64_t C, F&& f) {
-  constexpr int L = kLanes<A>;
-  std::int64_t c = 0;
-  for (; c + kPack * L <= C; c += kPack * L) f(c, AllLanes<kPack>{});
-  for (; c + L <= C; c += L) f(c, AllLanes<1>{});
-  if (c < C) f(c, FirstLanes{static_cast<int>(C - c)});
+    constexpr int L = kLanes<A>;
+    std::int64_t c = 0;
+    for (; c + kPack * L <= C; c += kPack * L) f(c, AllLanes<kPack>{});
+    for (; c + L <= C; c += L) f(c, AllLanes<1>{});
+    if (c < C) f(c, FirstLanes{static_cast<int>(C - c)});
 }
 
 template <class A>
 struct ChannelSum {
-  Vec<A> sums[kPack] = {};
+    Vec<A> sums[kPack] = {};
 
-  template <int N>
-  CONVNEST_INLINE_LAMBDA void add(const Pack<A, N>& pack) {
-    unroll<N>([&](auto i) CONVNEST_INLINE_LAMBDA { sums[i] += pack.v[i]; });
-  }
-  CONVNEST_INLINE_LAMBDA A total() const {
-    Vec<A> sum = sums[0];
-    for (int i = 1; i < kPack; ++i) sum += sums[i];
-    return lane_sum<A>(sum);
-  }
+    template <int N>
+    CONVNEST_INLINE_LAMBDA void add(const Pack<A, N>& pack) {
+        unroll<N>([&](auto i) CONVNEST_INLINE_LAMBDA { sums[i] += pack.v[i]; });
+    }
+    CONVNEST_INLINE_LAMBDA A total() const {
+        Vec<A> sum = sums[0];
+        for (int i = 1; i < kPack; ++i) sum += sums[i];
+        return lane_sum<A>(sum);
+    }
 };
 
 // ---- GELU ----
 
 CONVNEST_INLINE Floats minimum_of(Floats x, Floats bound) {
 #if CONVNEST_VECTOR_BYTES == 64
-  return (Floats)_mm512_maskz_min_ps(0xffff, (__m512)x, (__m512)bound);
+    return (Floats)_mm512_maskz_min_ps(0xffff, (__m512)x, (__m512)bound);
 #elif CONVNEST_VECTOR_BYTES == 32
-  return (Floats)_mm256_min_ps((__m256)x, (__m256)bound);
+    return (Floats)_mm256_min_ps((__m256)x, (__m256)bound);
 #else
-  return x < bound ? x : bound;
+    return x < bound ? x : bound;
 #endif
 }
 
 // 1 / x to about 1 ulp: an estimate of 14 (12) bits and a Newton step where there is one.
 CONVNEST_INLINE Floats reciprocal_estimate(Floats x) {
 #if CONVNEST_VECTOR_BYTES == 64
-  return (Floats)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+    return (Floats)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
 #elif CONVNEST_VECTOR_BYTES == 32
-  return (Floats)_mm256_rcp_ps((__m256)x);
+    return (Floats)_mm256_rcp_ps((__m256)x);
 #else
-  return 1.0f / x;
+    return 1.0f / x;
 #endif
 }
 
 template <int N>
 struct PackOps {
-  using F = Pack<float, N>;
-  CONVNEST_INLINE F magnitude(const F& x) {
-    return make_pack<float, N>([&](auto i) CONVNEST_INLINE_LAMBDA {
-      return (Floats)((Words)x.v[i] & 0x7fffffffu);
-    });
-  }
-  CONVNEST_INLINE F minimum(const F& x, float bound) {
-    return make_pack<float, N>([&](auto i) CONVNEST_INLINE_LAMBDA {
-      return minimum_of(x.v[i], bound + Floats{});
-    });
-  }
-  CONVNEST_INLINE F exponent(const F& m) {
-    return make_pack<float, N>([&](auto i) CONVNEST_INLINE_LAMBDA {
-      return (Floats)((Words)m.v[i] << 23);
-    });
-  }
-  CONVNEST_INLINE F reciprocal(const F& x) {
-    const F r = make_pack<float, N>([&](auto i) CONVNEST_INLINE_LAMBDA {
-      return reciprocal_estimate(x.v[i]);
-    });
-    if constexpr (kVectorBytes == 16) return r;
-    return r + r * (1.0f - x * r);
-  }
-  CONVNEST_INLINE F if_negative(const F& x, const F& a, const F& b) {
-    return make_pack<float, N>([&](auto i) CONVNEST_INLINE_LAMBDA {
-      return x.v[i] < 0.0f ? a.v[i] : b.v[i];
-    });
-  }
+    using F = Pack<float, N>;
+    CONVNEST_INLINE F magnitude(const F& x) {
+        return make_pack<float, N>(
+            [&](auto i) CONVNEST_INLINE_LAMBDA { return (Floats)((Words)x.v[i] & 0x7fffffffu); });
+    }
+    CONVNEST_INLINE F minimum(const F& x, float bound) {
+        return make_pack<float, N>(
+            [&](auto i) CONVNEST_INLINE_LAMBDA { return minimum_of(x.v[i], bound + Floats{}); });
+    }
+    CONVNEST_INLINE F exponent(const F& m) {
+        return make_pack<float, N>(
+            [&](auto i) CONVNEST_INLINE_LAMBDA { return (Floats)((Words)m.v[i] << 23); });
+    }
+    CONVNEST_INLINE F reciprocal(const F& x) {
+        const F r = make_pack<float, N>(
+            [&](auto i) CONVNEST_INLINE_LAMBDA { return reciprocal_estimate(x.v[i]); });
+        if constexpr (kVectorBytes == 16) return r;
+        return r + r * (1.0f - x * r);
+    }
+    CONVNEST_INLINE F if_negative(const F& x, const F& a, const F& b) {
+        return make_pack<float, N>(
+            [&](auto i) CONVNEST_INLINE_LAMBDA { return x.v[i] < 0.0f ? a.v[i] : b.v[i]; });
+    }
 };
 
 template <int N>
 CONVNEST_INLINE Pack<float, N> gelu_of(const Pack<float, N>& x) {
-  return gelu<PackOps<N>>(x);
+    return gelu<PackOps<N>>(x);
 }
 template <int N>
 CONVNEST_INLINE GeluAndGrad<Pack<float, N>> gelu_and_grad_of(const Pack<float, N>& x) {
-  return gelu_and_grad<PackOps<N>>(x);
+    return gelu_and_grad<PackOps<N>>(x);
 }
 
 // float64 is for gradient checks: the C library, lane by lane.
 template <int N>
 CONVNEST_INLINE Pack<double, N> gelu_of(Pack<double, N> x) {
-  for (int n = 0; n < N; ++n) {
-    for (int i = 0; i < kLanes<double>; ++i) {
-      x.v[n][i] *= 0.5 * __builtin_erfc(-x.v[n][i] * kSqrtHalf);
+    for (int n = 0; n < N; ++n) {
+        for (int i = 0; i < kLanes<double>; ++i) {
+            x.v[n][i] *= 0.5 * __builtin_erfc(-x.v[n][i] * kSqrtHalf);
+        }
     }
-  }
-  return x;
+    return x;
 }
 template <int N>
 CONVNEST_INLINE GeluAndGrad<Pack<double, N>> gelu_and_grad_of(const Pack<double, N>& x) {
-  GeluAndGrad<Pack<double, N>> result;
-  for (int n = 0; n < N; ++n) {
-    for (int i = 0; i < kLanes<double>; ++i) {
-      const double value = x.v[n][i], below = 0.5 * __builtin_erfc(-value * kSqrtHalf);
-      result.value.v[n][i] = value * below;
-      result.grad.v[n][i] = below + value * (__builtin_exp(-0.5 * value * value) * kInvSqrt2Pi);
+    GeluAndGrad<Pack<double, N>> result;
+    for (int n = 0; n < N; ++n) {
+        for (int i = 0; i < kLanes<double>; ++i) {
+            const double value = x.v[n][i], below = 0.5 * __builtin_erfc(-value * kSqrtHalf);
+            result.value.v[n][i] = value * below;
+            result.grad.v[n][i] =
+                below + value * (__builtin_exp(-0.5 * value * value) * kInvSqrt2Pi);
+        }
     }
-  }
-  return result;
+    return result;
 }
 
 }  // namespace

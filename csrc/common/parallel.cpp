@@ -18,39 +18,39 @@ namespace {
 // ---- scratch ----
 
 class Arena {
- public:
-  ~Arena() { std::free(data_); }
+  public:
+    ~Arena() { std::free(data_); }
 
-  // Null when there is no memory.
-  char* reserve(std::size_t bytes) {
-    if (bytes <= capacity_) return data_;
-    std::free(data_);
-    data_ = nullptr;
-    capacity_ = 0;
-    // Large blocks are asked for in huge pages: the rings are walked with long strides.
-    const std::size_t page = bytes >= kHugePage ? kHugePage : kSmallAlignment;
-    const std::size_t rounded = (bytes + page - 1) / page * page;
-    data_ = static_cast<char*>(std::aligned_alloc(page, rounded));
-    if (data_ == nullptr) return nullptr;
+    // Null when there is no memory.
+    char* reserve(std::size_t bytes) {
+        if (bytes <= capacity_) return data_;
+        std::free(data_);
+        data_ = nullptr;
+        capacity_ = 0;
+        // Large blocks are asked for in huge pages: the rings are walked with long strides.
+        const std::size_t page = bytes >= kHugePage ? kHugePage : kSmallAlignment;
+        const std::size_t rounded = (bytes + page - 1) / page * page;
+        data_ = static_cast<char*>(std::aligned_alloc(page, rounded));
+        if (data_ == nullptr) return nullptr;
 #if defined(MADV_HUGEPAGE)
-    if (page == kHugePage) madvise(data_, rounded, MADV_HUGEPAGE);
+        if (page == kHugePage) madvise(data_, rounded, MADV_HUGEPAGE);
 #endif
-    capacity_ = rounded;
-    return data_;
-  }
+        capacity_ = rounded;
+        return data_;
+    }
 
-  void trim() {
-    if (capacity_ <= kKeptScratchBytes) return;
-    std::free(data_);
-    data_ = nullptr;
-    capacity_ = 0;
-  }
+    void trim() {
+        if (capacity_ <= kKeptScratchBytes) return;
+        std::free(data_);
+        data_ = nullptr;
+        capacity_ = 0;
+    }
 
- private:
-  static constexpr std::size_t kHugePage = std::size_t{2} << 20;
-  static constexpr std::size_t kSmallAlignment = 4096;
-  char* data_ = nullptr;
-  std::size_t capacity_ = 0;
+  private:
+    static constexpr std::size_t kHugePage = std::size_t{2} << 20;
+    static constexpr std::size_t kSmallAlignment = 4096;
+    char* data_ = nullptr;
+    std::size_t capacity_ = 0;
 };
 
 // Two arenas: the thread that makes a call also runs some of its units.
@@ -60,96 +60,96 @@ thread_local Arena call_arena;
 // ---- a job, and the ways to run it ----
 
 struct Job {
-  const Units& units;
-  std::atomic<std::int64_t> next{0};
-  std::atomic<bool> out_of_memory{false};
+    const Units& units;
+    std::atomic<std::int64_t> next{0};
+    std::atomic<bool> out_of_memory{false};
 };
 
 void drain(Job& job) noexcept {
-  if (job.next.load(std::memory_order_relaxed) >= job.units.count) return;
-  char* scratch = worker_arena.reserve(job.units.scratch_bytes + 1);
-  if (scratch == nullptr) {
-    job.out_of_memory = true;
-    return;
-  }
-  bool prepared = job.units.prepare == nullptr;
-  for (;;) {
-    const std::int64_t unit = job.next.fetch_add(1, std::memory_order_relaxed);
-    if (unit >= job.units.count) break;
-    if (!prepared) job.units.prepare(scratch, job.units.context);
-    prepared = true;
-    job.units.run(unit, scratch, job.units.context);
-  }
-  worker_arena.trim();
+    if (job.next.load(std::memory_order_relaxed) >= job.units.count) return;
+    char* scratch = worker_arena.reserve(job.units.scratch_bytes + 1);
+    if (scratch == nullptr) {
+        job.out_of_memory = true;
+        return;
+    }
+    bool prepared = job.units.prepare == nullptr;
+    for (;;) {
+        const std::int64_t unit = job.next.fetch_add(1, std::memory_order_relaxed);
+        if (unit >= job.units.count) break;
+        if (!prepared) job.units.prepare(scratch, job.units.context);
+        prepared = true;
+        job.units.run(unit, scratch, job.units.context);
+    }
+    worker_arena.trim();
 }
 
 // Our own pool. One job at a time: a second caller runs its job alone.
 class Pool {
- public:
-  explicit Pool(int threads) : process_(getpid()) {
-    for (int i = 1; i < threads; ++i) {
-      try {
-        workers_.emplace_back([this] { work(); });
-      } catch (const std::system_error&) {
-        break;  // fewer threads, same results
-      }
+  public:
+    explicit Pool(int threads) : process_(getpid()) {
+        for (int i = 1; i < threads; ++i) {
+            try {
+                workers_.emplace_back([this] { work(); });
+            } catch (const std::system_error&) {
+                break;  // fewer threads, same results
+            }
+        }
     }
-  }
 
-  ~Pool() {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      stop_ = true;
+    ~Pool() {
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            stop_ = true;
+        }
+        wake_.notify_all();
+        for (auto& worker : workers_) worker.join();
     }
-    wake_.notify_all();
-    for (auto& worker : workers_) worker.join();
-  }
 
-  bool belongs_to_this_process() const { return process_ == getpid(); }
+    bool belongs_to_this_process() const { return process_ == getpid(); }
 
-  void run(Job& job) {
-    const std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);
-    if (!busy.owns_lock()) return drain(job);
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      job_ = &job;
-      ++generation_;
+    void run(Job& job) {
+        const std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);
+        if (!busy.owns_lock()) return drain(job);
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            job_ = &job;
+            ++generation_;
+        }
+        wake_.notify_all();
+        drain(job);
+        std::unique_lock<std::mutex> lock(mutex_);
+        job_ = nullptr;  // a worker that wakes up late finds nothing
+        done_.wait(lock, [this] { return active_ == 0; });
     }
-    wake_.notify_all();
-    drain(job);
-    std::unique_lock<std::mutex> lock(mutex_);
-    job_ = nullptr;  // a worker that wakes up late finds nothing
-    done_.wait(lock, [this] { return active_ == 0; });
-  }
 
- private:
-  void work() {
-    std::int64_t seen = 0;
-    std::unique_lock<std::mutex> lock(mutex_);
-    for (;;) {
-      wake_.wait(lock, [&] { return stop_ || generation_ != seen; });
-      if (stop_) return;
-      seen = generation_;
-      if (job_ == nullptr) continue;
-      Job& job = *job_;
-      ++active_;
-      lock.unlock();
-      drain(job);
-      lock.lock();
-      if (--active_ == 0) done_.notify_all();
+  private:
+    void work() {
+        std::int64_t seen = 0;
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            wake_.wait(lock, [&] { return stop_ || generation_ != seen; });
+            if (stop_) return;
+            seen = generation_;
+            if (job_ == nullptr) continue;
+            Job& job = *job_;
+            ++active_;
+            lock.unlock();
+            drain(job);
+            lock.lock();
+            if (--active_ == 0) done_.notify_all();
+        }
     }
-  }
 
-  const pid_t process_;
-  std::vector<std::thread> workers_;
-  std::mutex busy_;
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  std::condition_variable done_;
-  Job* job_ = nullptr;
-  std::int64_t generation_ = 0;
-  int active_ = 0;
-  bool stop_ = false;
+    const pid_t process_;
+    std::vector<std::thread> workers_;
+    std::mutex busy_;
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::condition_variable done_;
+    Job* job_ = nullptr;
+    std::int64_t generation_ = 0;
+    int active_ = 0;
+    bool stop_ = false;
 };
 
 using ParallelFn = void (*)(std::int64_t begin, std::int64_t end, void* context);
@@ -168,73 +168,73 @@ Pool* pool = nullptr;
 std::atomic<int> pool_users{0};
 
 int own_num_threads() {
-  const int wanted = own_threads.load();
-  if (wanted > 0) return wanted;
-  const unsigned processors = std::thread::hardware_concurrency();
-  return processors > 0 ? static_cast<int>(processors) : 1;
+    const int wanted = own_threads.load();
+    if (wanted > 0) return wanted;
+    const unsigned processors = std::thread::hardware_concurrency();
+    return processors > 0 ? static_cast<int>(processors) : 1;
 }
 
 Pool& own_pool() {
-  const std::lock_guard<std::mutex> lock(pool_mutex);
-  if (pool != nullptr && !pool->belongs_to_this_process()) {
-    pool = nullptr;
-    pool_users = 0;
-  }
-  if (pool == nullptr) pool = new Pool(own_num_threads());
-  ++pool_users;
-  return *pool;
+    const std::lock_guard<std::mutex> lock(pool_mutex);
+    if (pool != nullptr && !pool->belongs_to_this_process()) {
+        pool = nullptr;
+        pool_users = 0;
+    }
+    if (pool == nullptr) pool = new Pool(own_num_threads());
+    ++pool_users;
+    return *pool;
 }
 
 }  // namespace
 
 void run_units(const Units& units) {
-  Job job{units};
-  const std::int64_t threads = num_threads();
-  if (units.count <= 1 || threads <= 1) {
-    drain(job);
-  } else if (const auto parallel_for = torch_parallel_for.load()) {
-    const std::int64_t ranges = threads < units.count ? threads : units.count;
-    const auto body = [](std::int64_t, std::int64_t, void* context) {
-      drain(*static_cast<Job*>(context));
-    };
-    if (parallel_for(0, ranges, 1, body, &job) != 0) drain(job);
-  } else {
-    own_pool().run(job);
-    --pool_users;
-  }
-  if (job.out_of_memory) throw std::bad_alloc();
+    Job job{units};
+    const std::int64_t threads = num_threads();
+    if (units.count <= 1 || threads <= 1) {
+        drain(job);
+    } else if (const auto parallel_for = torch_parallel_for.load()) {
+        const std::int64_t ranges = threads < units.count ? threads : units.count;
+        const auto body = [](std::int64_t, std::int64_t, void* context) {
+            drain(*static_cast<Job*>(context));
+        };
+        if (parallel_for(0, ranges, 1, body, &job) != 0) drain(job);
+    } else {
+        own_pool().run(job);
+        --pool_users;
+    }
+    if (job.out_of_memory) throw std::bad_alloc();
 }
 
 int num_threads() {
-  if (const auto get = torch_num_threads.load()) {
-    std::uint32_t count = 1;
-    return get(&count) == 0 && count > 0 ? static_cast<int>(count) : 1;
-  }
-  return own_num_threads();
+    if (const auto get = torch_num_threads.load()) {
+        std::uint32_t count = 1;
+        return get(&count) == 0 && count > 0 ? static_cast<int>(count) : 1;
+    }
+    return own_num_threads();
 }
 
 void set_num_threads(int count) {
-  if (torch_parallel_for.load() != nullptr) {
-    throw std::logic_error("the kernels run on torch's threads: use torch.set_num_threads");
-  }
-  const std::lock_guard<std::mutex> lock(pool_mutex);
-  if (pool != nullptr && pool->belongs_to_this_process()) {
-    if (pool_users.load() != 0) {
-      throw std::logic_error("the thread count cannot change while a kernel runs");
+    if (torch_parallel_for.load() != nullptr) {
+        throw std::logic_error("the kernels run on torch's threads: use torch.set_num_threads");
     }
-    delete pool;
-  }
-  pool = nullptr;
-  own_threads = count;
+    const std::lock_guard<std::mutex> lock(pool_mutex);
+    if (pool != nullptr && pool->belongs_to_this_process()) {
+        if (pool_users.load() != 0) {
+            throw std::logic_error("the thread count cannot change while a kernel runs");
+        }
+        delete pool;
+    }
+    pool = nullptr;
+    own_threads = count;
 }
 
 void use_thread_pool(std::uintptr_t parallel_for, std::uintptr_t get_num_threads) {
-  torch_parallel_for = reinterpret_cast<TorchParallelFor>(parallel_for);
-  torch_num_threads = reinterpret_cast<TorchNumThreads>(get_num_threads);
+    torch_parallel_for = reinterpret_cast<TorchParallelFor>(parallel_for);
+    torch_num_threads = reinterpret_cast<TorchNumThreads>(get_num_threads);
 }
 
 CallScratch::CallScratch(std::size_t bytes) : data_(call_arena.reserve(bytes + 1)) {
-  if (data_ == nullptr) throw std::bad_alloc();
+    if (data_ == nullptr) throw std::bad_alloc();
 }
 
 CallScratch::~CallScratch() { call_arena.trim(); }

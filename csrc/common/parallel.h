@@ -19,11 +19,11 @@ constexpr std::size_t kKeptScratchBytes = std::size_t{64} << 20;
 // One kernel call's work, for run_units. `scratch` is the worker's own, 64-byte aligned; its
 // contents are undefined. `prepare` may be null; it runs once per worker before its first unit.
 struct Units {
-  std::int64_t count;
-  std::size_t scratch_bytes;
-  void (*prepare)(char* scratch, void* context);
-  void (*run)(std::int64_t unit, char* scratch, void* context);
-  void* context;
+    std::int64_t count;
+    std::size_t scratch_bytes;
+    void (*prepare)(char* scratch, void* context);
+    void (*run)(std::int64_t unit, char* scratch, void* context);
+    void* context;
 };
 
 // Runs all units and waits. Throws std::bad_alloc in the calling thread when a worker had no
@@ -41,32 +41,32 @@ void use_thread_pool(std::uintptr_t parallel_for, std::uintptr_t get_num_threads
 // Memory of one kernel call, owned by the calling thread until the scope ends; 64-byte aligned.
 // Throws std::bad_alloc.
 class CallScratch {
- public:
-  explicit CallScratch(std::size_t bytes);
-  ~CallScratch();
-  CallScratch(const CallScratch&) = delete;
-  CallScratch& operator=(const CallScratch&) = delete;
-  char* data() const { return data_; }
+  public:
+    explicit CallScratch(std::size_t bytes);
+    ~CallScratch();
+    CallScratch(const CallScratch&) = delete;
+    CallScratch& operator=(const CallScratch&) = delete;
+    char* data() const { return data_; }
 
- private:
-  char* data_;
+  private:
+    char* data_;
 };
 
 // Hands out consecutive 64-byte aligned pieces. With a null base it only counts bytes.
 class Carver {
- public:
-  explicit Carver(char* base) : base_(base) {}
-  template <class A>
-  A* take(std::int64_t count) {
-    const std::size_t at = used_;
-    used_ += (static_cast<std::size_t>(count) * sizeof(A) + 63) / 64 * 64;
-    return base_ == nullptr ? nullptr : reinterpret_cast<A*>(base_ + at);
-  }
-  std::size_t used() const { return used_; }
+  public:
+    explicit Carver(char* base) : base_(base) {}
+    template <class A>
+    A* take(std::int64_t count) {
+        const std::size_t at = used_;
+        used_ += (static_cast<std::size_t>(count) * sizeof(A) + 63) / 64 * 64;
+        return base_ == nullptr ? nullptr : reinterpret_cast<A*>(base_ + at);
+    }
+    std::size_t used() const { return used_; }
 
- private:
-  char* base_;
-  std::size_t used_ = 0;
+  private:
+    char* base_;
+    std::size_t used_ = 0;
 };
 
 }  // namespace convnest

@@ -12,118 +12,121 @@ namespace {
 
 template <class A>
 CONVNEST_INLINE std::int64_t block_count(std::int64_t C) {
-  return (C + kLanes<A> - 1) / kLanes<A>;
+    return (C + kLanes<A> - 1) / kLanes<A>;
 }
 
 template <class A>
 CONVNEST_INLINE std::int64_t padded_channels(std::int64_t C) {
-  return block_count<A>(C) * kLanes<A>;
+    return block_count<A>(C) * kLanes<A>;
 }
 
 // A [C] parameter; lanes beyond C are 0, so that nothing reaches a sum from there.
 template <class A>
 void copy_parameter(const void* parameter, A when_null, std::int64_t C, A* padded) {
-  const A* values = static_cast<const A*>(parameter);
-  for (std::int64_t c = 0; c < C; ++c) padded[c] = values != nullptr ? values[c] : when_null;
-  for (std::int64_t c = C; c < padded_channels<A>(C); ++c) padded[c] = 0;
+    const A* values = static_cast<const A*>(parameter);
+    for (std::int64_t c = 0; c < C; ++c) padded[c] = values != nullptr ? values[c] : when_null;
+    for (std::int64_t c = C; c < padded_channels<A>(C); ++c) padded[c] = 0;
 }
 
 // [C, K * K] to [block][K * K][L], flipped for an input gradient.
 template <class A>
 struct WeightCopy {
-  const A* weight;
-  A* blocked;
-  std::int64_t C;
-  int taps;
-  bool flip;
+    const A* weight;
+    A* blocked;
+    std::int64_t C;
+    int taps;
+    bool flip;
 
-  static void run_block(std::int64_t block, char*, void* context) {
-    const WeightCopy& copy = *static_cast<const WeightCopy*>(context);
-    constexpr int L = kLanes<A>;
-    A* out = copy.blocked + block * copy.taps * L;
-    for (int lane = 0; lane < L; ++lane) {
-      const std::int64_t c = block * L + lane;
-      const A* in = copy.weight + (c < copy.C ? c : 0) * copy.taps;
-      for (int tap = 0; tap < copy.taps; ++tap) {
-        out[(copy.flip ? copy.taps - 1 - tap : tap) * L + lane] = c < copy.C ? in[tap] : A(0);
-      }
+    static void run_block(std::int64_t block, char*, void* context) {
+        const WeightCopy& copy = *static_cast<const WeightCopy*>(context);
+        constexpr int L = kLanes<A>;
+        A* out = copy.blocked + block * copy.taps * L;
+        for (int lane = 0; lane < L; ++lane) {
+            const std::int64_t c = block * L + lane;
+            const A* in = copy.weight + (c < copy.C ? c : 0) * copy.taps;
+            for (int tap = 0; tap < copy.taps; ++tap) {
+                out[(copy.flip ? copy.taps - 1 - tap : tap) * L + lane] =
+                    c < copy.C ? in[tap] : A(0);
+            }
+        }
     }
-  }
-  void run() { run_units({block_count<A>(C), 0, nullptr, run_block, this}); }
+    void run() { run_units({block_count<A>(C), 0, nullptr, run_block, this}); }
 };
 
 // The sums of one kernel call, one partial per chunk: [taps * Cp] in reversed order of taps and
 // channel-blocked as weight_rows adds them, then kVectors times [Cp].
 template <class A>
 struct Partials {
-  static constexpr int L = kLanes<A>;
-  enum Vector { kBias, kGamma, kBeta, kVectors };
+    static constexpr int L = kLanes<A>;
+    enum Vector { kBias, kGamma, kBeta, kVectors };
 
-  A* data;
-  std::int64_t chunks, C;
-  int taps;
+    A* data;
+    std::int64_t chunks, C;
+    int taps;
 
-  static std::int64_t size(std::int64_t C, int taps) {
-    return padded_channels<A>(C) * (taps + kVectors);
-  }
-  static std::int64_t bytes(std::int64_t C, int taps) { return size(C, taps) * sizeof(A); }
-  static Partials take(Carver& carver, std::int64_t chunks, std::int64_t C, int taps) {
-    return {carver.take<A>(chunks * size(C, taps)), chunks, C, taps};
-  }
-
-  void clear(std::int64_t chunk) const {
-    A* partial = data + chunk * size(C, taps);
-    for (std::int64_t i = 0; i < size(C, taps); ++i) partial[i] = 0;
-  }
-  A* weight(std::int64_t chunk, std::int64_t block) const {
-    return data + chunk * size(C, taps) + block * taps * L;
-  }
-  A* vector(std::int64_t chunk, Vector which) const {
-    return data + chunk * size(C, taps) + padded_channels<A>(C) * (taps + which);
-  }
-  void add(std::int64_t chunk, Vector which, std::int64_t c, Vec<A> sum) const {
-    A* at = vector(chunk, which) + c;
-    store(at, load(at) + sum);
-  }
-  void add_row(std::int64_t chunk, Vector which, const A* row) const {
-    for (std::int64_t c = 0; c < padded_channels<A>(C); c += L) add(chunk, which, c, load(row + c));
-  }
-
-  // The sums over chunks into the gradients that are wanted (not null).
-  void sum(void* dweight, void* dbias, void* dgamma, void* dbeta) const {
-    Targets targets{this, static_cast<A*>(dweight),
-                    {static_cast<A*>(dbias), static_cast<A*>(dgamma), static_cast<A*>(dbeta)}};
-    run_units({block_count<A>(C), 0, nullptr, sum_block, &targets});
-  }
-
- private:
-  struct Targets {
-    const Partials* partials;
-    A* weight;
-    A* vectors[kVectors];
-  };
-
-  Vec<A> over_chunks(const A* first) const {
-    Vec<A> total = load(first);
-    for (std::int64_t i = 1; i < chunks; ++i) total += load(first + i * size(C, taps));
-    return total;
-  }
-  static void sum_block(std::int64_t block, char*, void* context) {
-    const Targets& targets = *static_cast<const Targets*>(context);
-    const Partials& p = *targets.partials;
-    const std::int64_t c = block * L, lanes = p.C - c < L ? p.C - c : L;
-    for (int tap = 0; targets.weight != nullptr && tap < p.taps; ++tap) {
-      const Vec<A> total = p.over_chunks(p.weight(0, block) + (p.taps - 1 - tap) * L);
-      for (std::int64_t i = 0; i < lanes; ++i) {
-        targets.weight[(c + i) * p.taps + tap] = total[i];
-      }
+    static std::int64_t size(std::int64_t C, int taps) {
+        return padded_channels<A>(C) * (taps + kVectors);
     }
-    for (int which = 0; which < kVectors; ++which) {
-      if (targets.vectors[which] == nullptr) continue;
-      const Vec<A> total = p.over_chunks(p.vector(0, static_cast<Vector>(which)) + c);
-      for (std::int64_t i = 0; i < lanes; ++i) targets.vectors[which][c + i] = total[i];
+    static std::int64_t bytes(std::int64_t C, int taps) { return size(C, taps) * sizeof(A); }
+    static Partials take(Carver& carver, std::int64_t chunks, std::int64_t C, int taps) {
+        return {carver.take<A>(chunks * size(C, taps)), chunks, C, taps};
     }
-  }
+
+    void clear(std::int64_t chunk) const {
+        A* partial = data + chunk * size(C, taps);
+        for (std::int64_t i = 0; i < size(C, taps); ++i) partial[i] = 0;
+    }
+    A* weight(std::int64_t chunk, std::int64_t block) const {
+        return data + chunk * size(C, taps) + block * taps * L;
+    }
+    A* vector(std::int64_t chunk, Vector which) const {
+        return data + chunk * size(C, taps) + padded_channels<A>(C) * (taps + which);
+    }
+    void add(std::int64_t chunk, Vector which, std::int64_t c, Vec<A> sum) const {
+        A* at = vector(chunk, which) + c;
+        store(at, load(at) + sum);
+    }
+    void add_row(std::int64_t chunk, Vector which, const A* row) const {
+        for (std::int64_t c = 0; c < padded_channels<A>(C); c += L)
+            add(chunk, which, c, load(row + c));
+    }
+
+    // The sums over chunks into the gradients that are wanted (not null).
+    void sum(void* dweight, void* dbias, void* dgamma, void* dbeta) const {
+        Targets targets{this,
+                        static_cast<A*>(dweight),
+                        {static_cast<A*>(dbias), static_cast<A*>(dgamma), static_cast<A*>(dbeta)}};
+        run_units({block_count<A>(C), 0, nullptr, sum_block, &targets});
+    }
+
+  private:
+    struct Targets {
+        const Partials* partials;
+        A* weight;
+        A* vectors[kVectors];
+    };
+
+    Vec<A> over_chunks(const A* first) const {
+        Vec<A> total = load(first);
+        for (std::int64_t i = 1; i < chunks; ++i) total += load(first + i * size(C, taps));
+        return total;
+    }
+    static void sum_block(std::int64_t block, char*, void* context) {
+        const Targets& targets = *static_cast<const Targets*>(context);
+        const Partials& p = *targets.partials;
+        const std::int64_t c = block * L, lanes = p.C - c < L ? p.C - c : L;
+        for (int tap = 0; targets.weight != nullptr && tap < p.taps; ++tap) {
+            const Vec<A> total = p.over_chunks(p.weight(0, block) + (p.taps - 1 - tap) * L);
+            for (std::int64_t i = 0; i < lanes; ++i) {
+                targets.weight[(c + i) * p.taps + tap] = total[i];
+            }
+        }
+        for (int which = 0; which < kVectors; ++which) {
+            if (targets.vectors[which] == nullptr) continue;
+            const Vec<A> total = p.over_chunks(p.vector(0, static_cast<Vector>(which)) + c);
+            for (std::int64_t i = 0; i < lanes; ++i) targets.vectors[which][c + i] = total[i];
+        }
+    }
 };
 
 }  // namespace

@@ -33,11 +33,11 @@ template <class A>
 struct VecOf;
 template <>
 struct VecOf<float> {
-  using type = Floats;
+    using type = Floats;
 };
 template <>
 struct VecOf<double> {
-  using type = Doubles;
+    using type = Doubles;
 };
 template <class A>
 using Vec = typename VecOf<A>::type;
@@ -46,18 +46,18 @@ using Vec = typename VecOf<A>::type;
 
 template <int I>
 struct Constant {
-  static constexpr int value = I;
-  constexpr operator int() const { return I; }
+    static constexpr int value = I;
+    constexpr operator int() const { return I; }
 };
 
 template <int... I, class F>
 CONVNEST_INLINE void unroll_sequence(std::integer_sequence<int, I...>, F&& f) {
-  (f(Constant<I>{}), ...);
+    (f(Constant<I>{}), ...);
 }
 
 template <int N, class F>
 CONVNEST_INLINE void unroll(F&& f) {
-  unroll_sequence(std::make_integer_sequence<int, N>{}, f);
+    unroll_sequence(std::make_integer_sequence<int, N>{}, f);
 }
 
 // A lambda that must be inlined: registers are kept across its calls.
@@ -66,67 +66,67 @@ CONVNEST_INLINE void unroll(F&& f) {
 // ---- 16-bit floats ----
 
 CONVNEST_INLINE Floats widen(Halves bits, BFloat16) {
-  return (Floats)(__builtin_convertvector(bits, Words) << 16);
+    return (Floats)(__builtin_convertvector(bits, Words) << 16);
 }
 
 CONVNEST_INLINE Halves narrow(Floats x, BFloat16) {
-  const Words bits = (Words)x;
-  // Round to nearest, ties to even; a NaN stays one (adding would carry into its sign).
-  const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const Words quiet = bits | 0x400000u;
-  const Words chosen = x != x ? quiet : rounded;
-  return __builtin_convertvector(chosen >> 16, Halves);
+    const Words bits = (Words)x;
+    // Round to nearest, ties to even; a NaN stays one (adding would carry into its sign).
+    const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    const Words quiet = bits | 0x400000u;
+    const Words chosen = x != x ? quiet : rounded;
+    return __builtin_convertvector(chosen >> 16, Halves);
 }
 
 // The forms with a full mask: GCC 12 warns of its own headers in the plain ones.
 #if CONVNEST_VECTOR_BYTES == 64
 CONVNEST_INLINE Floats widen(Halves bits, Float16) {
-  return (Floats)_mm512_maskz_cvtph_ps(0xffff, (__m256i)bits);
+    return (Floats)_mm512_maskz_cvtph_ps(0xffff, (__m256i)bits);
 }
 CONVNEST_INLINE Halves narrow(Floats x, Float16) {
-  return (Halves)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+    return (Halves)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
 }
 #elif CONVNEST_VECTOR_BYTES == 32
 CONVNEST_INLINE Floats widen(Halves bits, Float16) {
-  return (Floats)_mm256_cvtph_ps((__m128i)bits);
+    return (Floats)_mm256_cvtph_ps((__m128i)bits);
 }
 CONVNEST_INLINE Halves narrow(Floats x, Float16) {
-  return (Halves)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+    return (Halves)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
 }
 #else
 CONVNEST_INLINE Floats widen(Halves bits, Float16) {
-  const Words wide = __builtin_convertvector(bits, Words);
-  const Words sign = (wide & 0x8000u) << 16;
-  const Words shifted = (wide & 0x7fffu) << 13;
-  // Times 2^112 puts the exponent right, for subnormal numbers too.
-  const Words finite = (Words)((Floats)shifted * 0x1p112f);
-  const Words special = shifted | 0x7f800000u;
-  return (Floats)(sign | (shifted >= 0x0f800000u ? special : finite));
+    const Words wide = __builtin_convertvector(bits, Words);
+    const Words sign = (wide & 0x8000u) << 16;
+    const Words shifted = (wide & 0x7fffu) << 13;
+    // Times 2^112 puts the exponent right, for subnormal numbers too.
+    const Words finite = (Words)((Floats)shifted * 0x1p112f);
+    const Words special = shifted | 0x7f800000u;
+    return (Floats)(sign | (shifted >= 0x0f800000u ? special : finite));
 }
 CONVNEST_INLINE Halves narrow(Floats x, Float16) {
-  const Words sign = (Words)x & 0x80000000u;
-  const Words bits = (Words)x ^ sign;
-  // Subnormal results: adding 0.5 lets the float adder round at bit 2^-24.
-  const Words subnormal = (Words)((Floats)bits + 0.5f) - 0x3f000000u;
-  const Words normal = (bits + 0xc8000fffu + ((bits >> 13) & 1u)) >> 13;
-  const Words finite = bits < 0x38800000u ? subnormal : normal;
-  const Words nan = 0x7e00u + (bits & 0u);
-  const Words infinite = 0x7c00u + (bits & 0u);
-  const Words special = bits > 0x7f800000u ? nan : infinite;
-  return __builtin_convertvector((bits >= 0x47800000u ? special : finite) | (sign >> 16), Halves);
+    const Words sign = (Words)x & 0x80000000u;
+    const Words bits = (Words)x ^ sign;
+    // Subnormal results: adding 0.5 lets the float adder round at bit 2^-24.
+    const Words subnormal = (Words)((Floats)bits + 0.5f) - 0x3f000000u;
+    const Words normal = (bits + 0xc8000fffu + ((bits >> 13) & 1u)) >> 13;
+    const Words finite = bits < 0x38800000u ? subnormal : normal;
+    const Words nan = 0x7e00u + (bits & 0u);
+    const Words infinite = 0x7c00u + (bits & 0u);
+    const Words special = bits > 0x7f800000u ? nan : infinite;
+    return __builtin_convertvector((bits >= 0x47800000u ? special : finite) | (sign >> 16), Halves);
 }
 #endif
 
 template <class A>
 CONVNEST_INLINE Vec<A> load(const A* p) {
-  Vec<A> v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
+    Vec<A> v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
 }
 
 template <class A>
 CONVNEST_INLINE void store(A* p, Vec<A> v) {
-  __builtin_memcpy(p, &v, sizeof v);
+    __builtin_memcpy(p, &v, sizeof v);
 }
 
 // Loads that convert, and stores.
@@ -137,28 +137,28 @@ CONVNEST_INLINE void store_to(double* p, Doubles v) { store(p, v); }
 
 template <class T>
 CONVNEST_INLINE Floats load_from(const T* p) {
-  Halves bits;
-  __builtin_memcpy(&bits, p, sizeof bits);
-  return widen(bits, T{});
+    Halves bits;
+    __builtin_memcpy(&bits, p, sizeof bits);
+    return widen(bits, T{});
 }
 
 template <class T>
 CONVNEST_INLINE void store_to(T* p, Floats v) {
-  const Halves bits = narrow(v, T{});
-  __builtin_memcpy(p, &bits, sizeof bits);
+    const Halves bits = narrow(v, T{});
+    __builtin_memcpy(p, &bits, sizeof bits);
 }
 
 // The sum over all lanes, in a fixed order.
 template <class A>
 CONVNEST_INLINE A lane_sum(Vec<A> v) {
-  constexpr int kHalvings = kLanes<A> == 16 ? 4 : kLanes<A> == 8 ? 3 : kLanes<A> == 4 ? 2 : 1;
-  A lanes[kLanes<A>];
-  store(lanes, v);
-  unroll<kHalvings>([&](auto step) CONVNEST_INLINE_LAMBDA {
-    constexpr int width = kLanes<A> >> (decltype(step)::value + 1);
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  });
-  return lanes[0];
+    constexpr int kHalvings = kLanes<A> == 16 ? 4 : kLanes<A> == 8 ? 3 : kLanes<A> == 4 ? 2 : 1;
+    A lanes[kLanes<A>];
+    store(lanes, v);
+    unroll<kHalvings>([&](auto step) CONVNEST_INLINE_LAMBDA {
+        constexpr int width = kLanes<A> >> (decltype(step)::value + 1);
+        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    });
+    return lanes[0];
 }
 
 CONVNEST_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
