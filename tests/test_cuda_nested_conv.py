@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from convnest_kernels.reference.nested_conv import backward as eager_backward_of
 from convnest_kernels.reference.nested_conv import forward as eager_forward_of
 from tests import emulation
-from tests.tolerances import assert_accurate
+from tests.tolerances import assert_accurate, bound
 
 pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=str(emulation.missing()))
 
@@ -26,6 +27,16 @@ class FwdParams(emulation.Params):
         ("eps", ctypes.c_float),
         ("shortcut", ctypes.c_bool),
     )
+
+
+class BwdParams(emulation.Params):
+    _fields_ = emulation.fields(
+        "dv h u mean rstd conv_weight ln_weight ln_bias "
+        "dh dconv_weight dconv_bias dln_weight dln_bias workspace",
+        "N H W C",
+        ("shortcut", ctypes.c_bool),
+    )
+    outputs = ("dh", "dconv_weight", "dconv_bias", "dln_weight", "dln_bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +83,7 @@ CASES = [
     # Wide rows: statistics by 2, 4 and 8 warps, and beyond what registers hold
     Case((1, 2, 2, 1056)),
     Case((1, 1, 3, 3456)),
-    Case((1, 1, 2, 8200)),
+    Case((1, 1, 2, 8192)),
     # The other kernel sizes
     Case((2, 10, 11, 16), kernel_size=3),
     Case((7, 1, 1, 8), kernel_size=3),
@@ -86,6 +97,10 @@ CASES = [
     Case((2, 9, 9, 16), keep=False),
     Case((2, 9, 9, 12), shortcut=False, affine=False, bias=False, keep=False),
 ]
+
+
+# Blocks of the weight gradient that take several items: only with so many channels
+MANY_ITEMS = Case((1, 1, 250, 4736))
 
 
 def arguments(case: Case) -> tuple[Tensor, ...]:
@@ -124,6 +139,59 @@ def forward(case: Case, *inputs: Tensor | None, **faults: object) -> tuple[Tenso
     return tuple(poisoned.values())
 
 
+def backward(
+    case: Case,
+    dv: Tensor,
+    kept: tuple[Tensor, ...],
+    inputs: tuple[Tensor, ...],
+    needs: tuple[bool, ...] = (True,) * 5,
+    **faults: object,
+) -> tuple[Tensor | None, ...]:
+    h, conv_weight, _, ln_weight, ln_bias = inputs
+    _, u, mean, rstd = kept
+    N, H, W, C = h.shape
+    lib = emulation.library()
+    lib.nested_conv_bwd_workspace.restype = ctypes.c_size_t
+    size = lib.nested_conv_bwd_workspace(N, H, W, C, case.kernel_size)
+    poisoned = {
+        name: torch.full(shape, torch.nan, dtype=dtype) if need else None
+        for name, need, shape, dtype in zip(
+            BwdParams.outputs,
+            needs,
+            (h.shape, conv_weight.shape, (C,), (C,), (C,)),
+            (h.dtype, *[torch.float32] * 4),
+            strict=True,
+        )
+    }
+    workspace = torch.full((size // 4,), torch.nan)
+    tensors = dict(
+        dv=dv, h=h, u=u, mean=mean, rstd=rstd,
+        conv_weight=conv_weight, ln_weight=ln_weight, ln_bias=ln_bias,
+    )  # fmt: skip
+    params = BwdParams.of(
+        **tensors, **poisoned, workspace=workspace, N=N, H=H, W=W, C=C, shortcut=case.shortcut
+    )
+    emulation.run(
+        "nested_conv_bwd",
+        ctypes.byref(params),
+        case.kernel_size,
+        int(case.dtype == torch.float16),
+        inputs=tensors,
+        outputs={**poisoned, "workspace": workspace},
+        **{"seed": case.seed, **faults},
+    )
+    return tuple(poisoned.values())
+
+
+def eager_backward(
+    case: Case, dv: Tensor, kept: tuple[Tensor, ...], inputs: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    h, *parameters = inputs
+    return eager_backward_of(
+        dv, h, kept[1], kept[2], kept[3], *parameters, EPS, case.shortcut, (True,) * 5
+    )
+
+
 def eager_forward(case: Case, *inputs: Tensor | None) -> tuple[Tensor, ...]:
     return eager_forward_of(*inputs, EPS, case.shortcut, True)
 
@@ -133,9 +201,9 @@ def double(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def test_params_have_the_cores_layout():
-    bytes_of = emulation.library().nested_conv_fwd_params_bytes
-    bytes_of.restype = ctypes.c_size_t
-    assert bytes_of() == ctypes.sizeof(FwdParams)
+    lib = emulation.library()
+    assert lib.nested_conv_fwd_params_bytes() == ctypes.sizeof(FwdParams)
+    assert lib.nested_conv_bwd_params_bytes() == ctypes.sizeof(BwdParams)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -155,13 +223,54 @@ def test_forward(case):
     torch.testing.assert_close(1 / rstd.double(), spread, rtol=2e-4, atol=1e-5)
 
 
-def test_forward_does_not_depend_on_the_order_of_threads_and_blocks():
+@pytest.mark.parametrize(
+    "case",
+    [*(case for case in CASES if case.keep), pytest.param(MANY_ITEMS, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_backward(case):
+    inputs = arguments(case)
+    dv = torch.randn(case.shape).to(case.dtype)
+    ours = backward(case, dv, forward(case, *inputs), inputs)
+    wide, low = double(*inputs), [None if t is None else t.to(case.dtype) for t in inputs]
+    truth = eager_backward(case, dv.double(), eager_forward(case, *wide), wide)
+    eager = eager_backward(case, dv, eager_forward(case, *low), low)
+    assert_accurate("dh", ours[0], eager[0], truth[0])
+    # A parameter's gradient sums a term of the order of 1 for each pixel, made of values rounded to
+    # the activations' type; eager's own error is a small sample where there are few channels.
+    rounding = torch.finfo(case.dtype).eps * math.sqrt(math.prod(case.shape[:-1])) / 2
+    for name, mine, theirs, true in list(zip(BwdParams.outputs, ours, eager, truth, strict=True))[
+        1:
+    ]:
+        assert mine.isfinite().all(), name
+        error = (mine.double() - true).abs().max().item()
+        assert error <= bound(theirs, true) + rounding, f"{name} is off by {error}"
+
+
+def test_results_do_not_depend_on_the_order_of_threads_and_blocks():
     case = Case((3, 20, 50, 40))
     inputs = arguments(case)
-    results = [forward(case, *inputs, seed=seed) for seed in range(4)]
+    dv = torch.randn(case.shape).to(case.dtype)
+    results = []
+    for seed in range(4):
+        kept = forward(case, *inputs, seed=seed)
+        results.append([*kept, *backward(case, dv, kept, inputs, seed=seed)])
     for result in results[1:]:
         for mine, first in zip(result, results[0], strict=True):
             assert torch.equal(mine, first)
+
+
+@pytest.mark.parametrize("wanted", range(5))
+def test_a_gradient_that_nobody_needs_is_left_out(wanted):
+    case = Case((2, 5, 6, 16))
+    inputs = arguments(case)
+    dv = torch.randn(case.shape).to(case.dtype)
+    kept = forward(case, *inputs)
+    everything = backward(case, dv, kept, inputs)
+    needs = tuple(i == wanted for i in range(5))
+    alone = backward(case, dv, kept, inputs, needs)
+    assert [grad is not None for grad in alone] == list(needs)
+    assert torch.equal(alone[wanted], everything[wanted])
 
 
 def test_unaligned_views_take_the_scalar_path():
@@ -169,7 +278,9 @@ def test_unaligned_views_take_the_scalar_path():
     h, *parameters = arguments(case)
     shifted = torch.empty(h.numel() + 1, dtype=h.dtype)[1:].view(h.shape).copy_(h)
     assert shifted.data_ptr() % 16 != 0
-    for mine, aligned in zip(forward(case, shifted, *parameters), forward(case, h, *parameters), strict=True):
+    for mine, aligned in zip(
+        forward(case, shifted, *parameters), forward(case, h, *parameters), strict=True
+    ):
         assert torch.equal(mine, aligned)
 
 
@@ -183,7 +294,7 @@ def test_gaps_and_halos_keep_other_images_out():
     assert torch.equal(v[others], changed[others])
 
 
-@pytest.mark.parametrize("shape", [(2, 9, 11, 16), (1, 3, 1, 1056)])
+@pytest.mark.parametrize("shape", [(2, 9, 11, 16), (1, 2, 1, 1056)])
 def test_every_barrier_of_forward_is_needed(shape):
     case = Case(shape)
     inputs = arguments(case)
@@ -193,6 +304,20 @@ def test_every_barrier_of_forward_is_needed(shape):
     for site in range(sites):
         with pytest.raises(emulation.Fault, match="race in shared memory|no thread wrote"):
             forward(case, *inputs, skipped_barrier=site)
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 11, 16), (1, 1, 2, 520)])
+def test_every_barrier_of_backward_is_needed(shape):
+    case = Case(shape)
+    inputs = arguments(case)
+    dv = torch.randn(case.shape).to(case.dtype)
+    kept = forward(case, *inputs)
+    backward(case, dv, kept, inputs)
+    sites = emulation.barrier_sites()
+    assert sites >= 10
+    for site in range(sites):
+        with pytest.raises(emulation.Fault, match="race in shared memory|no thread wrote"):
+            backward(case, dv, kept, inputs, skipped_barrier=site)
 
 
 def test_kernel_size_without_a_band_is_refused():

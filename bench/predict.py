@@ -1,0 +1,195 @@
+"""Predicted time of the CUDA kernels on GPUs that nobody here has: predictions, not measurements.
+
+Counts the instructions that nvcc made of a stage of each tensor-core convolution, spreads them over
+the pipes of an SM at their full rate, and compares with the time that memory takes for the bytes
+that must move. The larger is the bound; the model leaves out latency, barriers, the last wave and
+DRAM's own losses. On the other side it counts every instruction of a stage, also those that rows in
+a gap between images leave out; where maps are small, issue is overstated for that.
+
+    python -m bench.predict [--arch sm_80 sm_90] > bench/results/cuda_predicted.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import math
+
+from bench import sass
+
+# Nominal outputs of a warp's stage: 4 rows × 128 pixels × 2 channels.
+OUTPUTS = 1024
+KERNEL_SIZE = 7
+BATCH = 128
+STAGES = [("stage 1", 56, 576), ("stage 2", 28, 1152), ("stage 3", 14, 2304), ("stage 4", 7, 4608)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Full-rate throughputs. Sources: NVIDIA's architecture papers and the CUDA guide's tables."""
+
+    name: str
+    arch: str  # whose machine code is counted
+    sms: int
+    clock: float  # Hz, boost
+    bandwidth: float  # bytes/s
+    tensor: int  # 16-bit multiply-adds per clock and SM, by mma.sync
+    fp32: int  # lanes per clock and SM; ALU is 64 and MUFU 16 on all of them
+
+
+CHIPS = [
+    Chip("A100", "sm_80", 108, 1.41e9, 1.94e12, 1024, 64),
+    # mma.sync reaches about 60% of what wgmma does.
+    Chip("H100", "sm_90", 132, 1.755e9, 3.35e12, 1270, 128),
+    Chip("H200", "sm_90", 132, 1.755e9, 4.8e12, 1270, 128),
+    # Counted from sm_90's code: ptxas for sm_100 differs by some percent.
+    Chip("B200", "sm_90", 148, 1.85e9, 8.0e12, 1270, 128),
+    Chip("RTX 4090", "sm_80", 128, 2.52e9, 1.01e12, 256, 128),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """A tensor-core convolution: where its kernel is and what it moves per element, in bytes."""
+
+    label: str
+    source: str
+    kernel: str  # how the demangled name begins
+    bytes: int
+    halo_rows: int  # rows of input marched over beside the output's, for each chunk
+    wavefronts: float  # of shared memory, per 1024 outputs, from the kernel's accesses
+
+
+# Shared-memory wavefronts (128 bytes) per warp and stage: stores and loads of 8 bytes take 2, of 16
+# take 4, ldmatrix.x4 4, others 1 (without conflicts, as tests/test_cuda_shared_banks.py checks).
+FORWARD = 8 * 2 + 4 * 4 + 4 * 4 + 8 * 4 + 28 + 16 + 8 * 2 + 4 * 4 + 4 * 4 + 4 * 4 + 16
+DGRAD = 2 * (4 * 4 + 4 * 4) + 8 * 2 + 8 * 4 + 28 + 16 + 8 * 2
+WGRAD = 8 * 2 + 8 * 2 + 2 * 5 * 4 + 8 * 4 + 8
+CONVOLUTIONS = [
+    Convolution("forward (u kept)", "nested_conv.cu", "nested_conv_fwd_kernel", 6, 0, FORWARD),
+    Convolution("forward (inference)", "nested_conv.cu", "nested_conv_fwd_kernel", 4, 0, FORWARD),
+    Convolution("dgrad (du, dz)", "nested_conv_bwd.cu", "depthwise_kernel", 8, 0, DGRAD),
+    Convolution(
+        "wgrad", "nested_conv_bwd.cu", "depthwise_wgrad_kernel", 4, KERNEL_SIZE // 2, WGRAD
+    ),
+]
+
+
+def pipe(opcode: str) -> str:
+    """The pipe that an instruction occupies, first order."""
+    base = opcode.split(".")[0]
+    if base in ("FFMA", "FADD", "FMUL"):
+        return "fp32"
+    if base == "MUFU":
+        return "mufu"
+    if base == "HMMA":
+        return "tensor"
+    if base in ("LDS", "STS", "LDSM", "LDG", "STG", "LDGSTS", "LDL", "STL"):
+        return "memory"
+    if base.startswith("U") or base in ("BRA", "BAR", "EXIT", "BSSY", "BSYNC", "LDGDEPBAR", "CS2R"):
+        return "other"
+    return "fp32" if base == "IMAD" else "alu"
+
+
+def canvas_efficiency(
+    images: int, height: int, width: int, radius: int, wanted_items: int, halo_rows: int = 0
+) -> float:
+    """Outputs in 128 · rows of what the blocks march over; mirrors plan_canvas in canvas.cuh."""
+    beside = min((124 + radius) // (width + radius), images) if width <= 124 else 1
+    strips = 1 if width <= 124 else math.ceil(width / 120)
+    down = math.ceil(images / beside)
+    pitch = height + radius
+    wanted_chunks = math.ceil(wanted_items / strips)
+    parts, chunk_images = 1, 1
+    if down < wanted_chunks:
+        parts = min(math.ceil(wanted_chunks / down), max(height // 16, 1))
+    else:
+        while chunk_images * pitch < 64 and down // (chunk_images + 1) >= wanted_chunks:
+            chunk_images += 1
+    part_rows = math.ceil(height / parts) if parts > 1 else chunk_images * pitch
+    parts = math.ceil(height / part_rows) if parts > 1 else 1
+    marched = 0
+    for top in range(0, down, chunk_images):
+        bottom = min(top + chunk_images, down) * pitch - radius
+        for offset in range(0, parts * part_rows, part_rows):
+            first = top * pitch + offset
+            above = max(min(offset, radius), halo_rows)
+            rows = min(first + part_rows, bottom) + radius - first + above
+            marched += math.ceil(rows / 4) * 4
+    return images * height * width / (marched * strips * 128)
+
+
+def predict(
+    chip: Chip, conv: Convolution, mix: collections.Counter[str], size: int, channels: int
+) -> dict[str, float]:
+    """Clocks per output and SM, by what they are spent on."""
+    blocks = math.ceil(channels / 16)
+    wanted = math.ceil(2048 / blocks) if conv.halo_rows == 0 else math.ceil(296 / blocks) * 4
+    efficiency = canvas_efficiency(BATCH, size, size, KERNEL_SIZE // 2, wanted, conv.halo_rows)
+    by_pipe: collections.Counter[str] = collections.Counter()
+    for opcode, n in mix.items():
+        by_pipe[pipe(opcode)] += n
+    per_output = 32 / OUTPUTS / efficiency
+    return {
+        "memory": conv.bytes / (chip.bandwidth / chip.sms / chip.clock),
+        "issue": mix.total() / 4 / OUTPUTS / efficiency,
+        "fp32": by_pipe["fp32"] * per_output / chip.fp32,
+        "alu": by_pipe["alu"] * per_output / 64,
+        "mufu": by_pipe["mufu"] * per_output / 16,
+        "tensor": by_pipe["tensor"] * 2048 / OUTPUTS / chip.tensor / efficiency,
+        "shared": conv.wavefronts / OUTPUTS / efficiency,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"])
+    options = parser.parse_args()
+    mixes: dict[tuple[str, str], collections.Counter[str]] = {}
+    print("# Predicted time of nested_conv's tensor-core convolutions\n")
+    print("Made by `python -m bench.predict`; predictions, nothing here was run on a GPU.\n")
+    print("| kernel | arch | registers | warp instructions per 1024 outputs | of these |")
+    print("|---|---|---|---|---|")
+    for source in sorted({conv.source for conv in CONVOLUTIONS}):
+        for arch in options.arch:
+            kernels = sass.compile_kernels(sass.CSRC / source, arch)
+            for conv in CONVOLUTIONS:
+                if conv.source != source or (conv.kernel, arch) in mixes:
+                    continue
+                # A K = 7 product loop makes two turns a stage; the weight gradient's has none.
+                wanted = f"{conv.kernel}<BFloat16, {KERNEL_SIZE}, "
+                kernel = next(
+                    k for k in kernels if k.name.startswith(wanted) and k.name.endswith("true>")
+                )
+                mix = mixes[conv.kernel, arch] = kernel.stage_mix(2)
+                pipes: collections.Counter[str] = collections.Counter()
+                for opcode, n in mix.items():
+                    pipes[pipe(opcode)] += n
+                parts = ", ".join(f"{name} {n}" for name, n in pipes.most_common())
+                print(
+                    f"| {conv.kernel} | {arch} | {kernel.registers} | {mix.total()} | {parts} |",
+                    flush=True,
+                )
+    print(
+        f"\nClocks per output and SM, ConvNeSt-T in bf16 at batch {BATCH}: the two largest terms,"
+    )
+    print("and the predicted share of DRAM's peak (100%: bound by memory).\n")
+    print("| kernel | chip | " + " | ".join(f"{n} {s}², D {c}" for n, s, c in STAGES) + " |")
+    print("|---|---|" + "---|" * len(STAGES))
+    for conv in CONVOLUTIONS:
+        for chip in CHIPS:
+            if (conv.kernel, chip.arch) not in mixes:
+                continue
+            cells = []
+            for _, size, channels in STAGES:
+                terms = predict(chip, conv, mixes[conv.kernel, chip.arch], size, channels)
+                worst = sorted(terms.items(), key=lambda term: -term[1])[:2]
+                share = terms["memory"] / worst[0][1]
+                text = ", ".join(f"{name} {clocks:.2f}" for name, clocks in worst)
+                cells.append(f"{share:.0%} ({text})")
+            print(f"| {conv.label} | {chip.name} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

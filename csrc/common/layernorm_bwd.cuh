@@ -1,0 +1,236 @@
+// The backward of a LayerNorm beside a GELU over rows of 16-bit elements, in one pass:
+//
+//     kGeluThenNorm   y = LN(GELU(x)):  g = GELU(x), ẑ = (g − mean)·rstd, a = dy·γ
+//                     dx = GELU'(x) ⊙ ((a − m1 − ẑ·m2)·rstd [+ extra]),   m1 = mean(a), m2 =
+//                     mean(a·ẑ)
+//     kNormThenGelu   y = GELU(LN(x)):  ẑ = (x − mean)·rstd, dy ← dy ⊙ GELU'(γẑ + β), then
+//                     dx = (a − m1 − ẑ·m2)·rstd [+ extra]
+//     kNorm           y = LN(x):        dx as in kNormThenGelu, without the GELU
+//     all             dγ = Σ_rows dy·ẑ,  dβ = Σ_rows dy
+//
+// Reads dy, x, extra [rows, C] (extra may be null), mean, rstd; writes dx (unless null) and partial
+// sums of dγ and dβ, [groups, 2, C] (unless null), for sum_partials().
+//
+// A row belongs to `threads_per_row` neighbouring threads, each with kOctets vectors of 8 channels;
+// a group is such a set of threads, and takes every `groups`-th row. The number of groups is a
+// function of the shape alone, so that results repeat bit by bit. With one vector to a thread, the
+// next row's are on their way while this one is reduced; two leave no registers for that.
+#pragma once
+
+#include "common/gelu.cuh"
+#include "common/row_statistics.cuh"
+
+namespace convnest::cuda {
+
+enum class NormOrder { gelu_then_norm, norm_then_gelu, norm };
+
+constexpr int kRowThreads = 512;  // the most threads of a block
+constexpr int kMostRowOctets = 2;
+constexpr int kMostRowChannels = kRowThreads * kMostRowOctets * 8;
+
+struct LayerNormBwdArgs {
+    const std::uint16_t* dy;     // [rows, C]
+    const std::uint16_t* x;      // [rows, C]
+    const std::uint16_t* extra;  // [rows, C] or null: added to the gradient of the norm's input
+    const float* mean;           // [rows]
+    const float* rstd;           // [rows]
+    const float* ln_weight;      // [C] or null
+    const float* ln_bias;        // [C] or null; norm_then_gelu only
+    std::uint16_t* dx;           // [rows, C] or null
+    float* partials;             // [groups, 2, C] or null: of dγ and dβ
+    std::uint32_t rows;
+    int C;
+    int threads_per_row;
+    int groups;
+};
+
+template <int kOctets>
+struct LayerNormBwdShared {
+    float2 sums[2][kRowThreads / kWarpSize];  // by parity of the row: one barrier is enough
+    // γ of two vectors, thread-private, to spare registers
+    float gamma[kOctets == 1 ? 1 : kOctets * 8][kRowThreads];
+};
+
+// kVector: C % 8 == 0 and dy, x, extra and dx are 16-byte aligned.
+template <class Element, NormOrder kOrder, int kOctets, bool kVector>
+__global__ void __launch_bounds__(kRowThreads) layernorm_bwd_kernel(LayerNormBwdArgs args) {
+    CONVNEST_SHARED_MEMORY(LayerNormBwdShared<kOctets>, shared);
+    const int lane = threadIdx.x % args.threads_per_row;
+    const int sets = blockDim.x / args.threads_per_row, set = threadIdx.x / args.threads_per_row;
+    const std::uint32_t group = blockIdx.x * sets + set;
+    const int warps = args.threads_per_row / kWarpSize;
+
+    struct Vectors {
+        Octet dy[kOctets], x[kOctets], extra[kOctets];
+        float mean, rstd;
+    };
+    const auto octet_of = [&](int o) { return lane + o * args.threads_per_row; };
+    const auto load = [&](Vectors& v, std::uint32_t row) {
+        v = Vectors{};
+        if (row >= args.rows) return;
+        v.mean = load_global(args.mean + row);
+        v.rstd = load_global(args.rstd + row);
+        const std::size_t first = static_cast<std::size_t>(row) * args.C;
+#pragma unroll
+        for (int o = 0; o < kOctets; ++o) {
+            const int channel = octet_of(o) * 8, channels = args.C - channel;
+            if (channels <= 0) continue;
+            v.dy[o] = load_octet<kVector>(args.dy + first + channel, channels);
+            v.x[o] = load_octet<kVector>(args.x + first + channel, channels);
+            if (args.extra != nullptr) {
+                v.extra[o] = load_octet<kVector>(args.extra + first + channel, channels);
+            }
+        }
+    };
+    const auto element = [](const Octet& octet, int i) {
+        return i % 2 == 0 ? Element::low(octet.pair[i / 2]) : Element::high(octet.pair[i / 2]);
+    };
+    float gamma_register[8], beta[kOctets][8], dgamma[kOctets][8], dbeta[kOctets][8];
+#pragma unroll
+    for (int o = 0; o < kOctets; ++o) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const int channel = octet_of(o) * 8 + i;
+            const bool exists = channel < args.C;
+            const float gamma =
+                exists && args.ln_weight ? load_global(args.ln_weight + channel) : 1.f;
+            if (kOctets == 1) {
+                gamma_register[i] = gamma;
+            } else {
+                store_shared(&shared.gamma[o * 8 + i][threadIdx.x], gamma);
+            }
+            beta[o][i] = exists && args.ln_bias ? load_global(args.ln_bias + channel) : 0.f;
+            dgamma[o][i] = dbeta[o][i] = 0.f;
+        }
+    }
+
+    const auto gamma_of = [&](int o, int i) {
+        return kOctets == 1 ? gamma_register[i]
+                            : load_shared<float>(&shared.gamma[o * 8 + i][threadIdx.x]);
+    };
+    constexpr bool kAhead = kOctets == 1;
+    Vectors next;
+    if (kAhead) load(next, group);
+    int parity = 0;
+    // All groups of a block make the same number of turns: there is a barrier inside.
+#pragma unroll 1
+    for (std::uint32_t base = blockIdx.x * sets; base < args.rows; base += args.groups) {
+        const std::uint32_t row = base + set;
+        if (!kAhead) load(next, row);
+        const Vectors v = next;
+        if (kAhead) load(next, row + args.groups);
+
+        float normal[kOctets][8], dy[kOctets][8], sum = 0.f, sum_normal = 0.f;
+#pragma unroll
+        for (int o = 0; o < kOctets; ++o) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const bool exists =
+                    kVector ? octet_of(o) * 8 < args.C : octet_of(o) * 8 + i < args.C;
+                const float gamma = gamma_of(o, i);
+                float value = element(v.x[o], i);
+                if (kOrder == NormOrder::gelu_then_norm) value = gelu_fast(value);
+                normal[o][i] = exists ? (value - v.mean) * v.rstd : 0.f;
+                dy[o][i] = element(v.dy[o], i);
+                if (kOrder == NormOrder::norm_then_gelu) {
+                    dy[o][i] *= gelu_slope_fast(fmaf(normal[o][i], gamma, beta[o][i]));
+                }
+                dgamma[o][i] = fmaf(dy[o][i], normal[o][i], dgamma[o][i]);
+                dbeta[o][i] += dy[o][i];
+                dy[o][i] *= gamma;
+                sum += dy[o][i];
+                sum_normal = fmaf(dy[o][i], normal[o][i], sum_normal);
+            }
+        }
+        sum = warp_sum(sum);
+        sum_normal = warp_sum(sum_normal);
+        if (warps > 1) {
+            float2* sums = shared.sums[parity];
+            if (lane % kWarpSize == 0) {
+                store_shared(sums + threadIdx.x / kWarpSize, make_float2(sum, sum_normal));
+            }
+            __syncthreads();
+            sum = sum_normal = 0.f;
+            for (int i = 0; i < warps; ++i) {
+                const auto part = load_shared<float2>(sums + set * warps + i);
+                sum += part.x;
+                sum_normal += part.y;
+            }
+            parity ^= 1;
+        }
+        const float m1 = sum / args.C, m2 = sum_normal / args.C;
+        if (args.dx == nullptr || row >= args.rows) continue;
+#pragma unroll
+        for (int o = 0; o < kOctets; ++o) {
+            const int channel = octet_of(o) * 8, channels = args.C - channel;
+            if (channels <= 0) continue;
+            Octet dx;
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                float d[2];
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const int i = 2 * k + j;
+                    d[j] =
+                        fmaf(dy[o][i] - fmaf(normal[o][i], m2, m1), v.rstd, element(v.extra[o], i));
+                    if (kOrder == NormOrder::gelu_then_norm) {
+                        d[j] *= gelu_slope_fast(element(v.x[o], i));
+                    }
+                }
+                dx.pair[k] = Element::pack(d[0], d[1]);
+            }
+            store_octet<kVector>(args.dx + static_cast<std::size_t>(row) * args.C + channel, dx,
+                                 channels);
+        }
+    }
+
+    if (args.partials == nullptr) return;
+    float* out = args.partials + static_cast<std::size_t>(group) * 2 * args.C;
+#pragma unroll
+    for (int o = 0; o < kOctets; ++o) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const int channel = octet_of(o) * 8 + i;
+            if (channel >= args.C) continue;
+            store_global(out + channel, dgamma[o][i]);
+            store_global(out + args.C + channel, dbeta[o][i]);
+        }
+    }
+}
+
+// How rows are dealt out: enough threads for a row, blocks of 256 threads or of one row, and two
+// such blocks for each SM of the largest GPUs, however many this one has.
+struct RowPlan {
+    int octets, threads_per_row, sets, blocks, groups;
+};
+
+inline RowPlan plan_rows(std::uint32_t rows, int C) {
+    constexpr int kBlocks = 2 * 148, kEnoughThreads = 256;
+    RowPlan plan{};
+    const int octets = ceil_div(C, 8);
+    plan.octets = octets > kRowThreads ? 2 : 1;
+    plan.threads_per_row = ceil_div(ceil_div(octets, plan.octets), kWarpSize) * kWarpSize;
+    plan.sets = plan.threads_per_row < kEnoughThreads ? kEnoughThreads / plan.threads_per_row : 1;
+    const std::uint32_t blocks = (rows + plan.sets - 1) / plan.sets;
+    plan.blocks = blocks < kBlocks ? static_cast<int>(blocks) : kBlocks;
+    plan.groups = plan.blocks * plan.sets;
+    return plan;
+}
+
+template <class Element, NormOrder kOrder, bool kVector>
+void launch_layernorm_bwd(const char* name, LayerNormBwdArgs args, void* stream) {
+    const RowPlan plan = plan_rows(args.rows, args.C);
+    args.threads_per_row = plan.threads_per_row;
+    args.groups = plan.groups;
+    run({.kernel = name,
+         .grid = dim3(plan.blocks),
+         .block = dim3(plan.threads_per_row * plan.sets),
+         .shared_bytes =
+             plan.octets == 1 ? sizeof(LayerNormBwdShared<1>) : sizeof(LayerNormBwdShared<2>),
+         .stream = stream},
+        plan.octets == 1 ? layernorm_bwd_kernel<Element, kOrder, 1, kVector>
+                         : layernorm_bwd_kernel<Element, kOrder, 2, kVector>,
+        args);
+}
+
+}  // namespace convnest::cuda

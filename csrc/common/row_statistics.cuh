@@ -1,0 +1,189 @@
+// LayerNorm over rows of 16-bit elements, or its statistics alone; f = GELU(x) or x:
+//
+//     mean, rstd = 1/√(var + eps) of f      two passes in float (the mean first, then the centred
+//                                           squares), over registers for C <= 8192
+//     RowOutput::norm            y = ẑ·γ + β,  ẑ = (f − mean)·rstd
+//     RowOutput::norm_then_gelu  y = GELU(ẑ·γ + β)
+//
+// Reads x [rows, C] and γ, β; writes mean and rstd [rows] (unless null) and y. A row belongs to 32,
+// 64, 128 or 256 neighbouring threads, so that each holds up to 4 vectors of 8 channels; what is
+// beyond is read anew in each pass.
+#pragma once
+
+#include "common/element.cuh"
+#include "common/gelu.cuh"
+#include "common/planes.cuh"
+
+namespace convnest::cuda {
+
+struct RowStatisticsParams {
+    const std::uint16_t* x;  // [rows, C]
+    float* mean;             // [rows] or null
+    float* rstd;             // [rows] or null
+    std::uint32_t rows;
+    int C;
+    int threads_per_row;
+    float eps;
+    std::uint16_t* y;        // [rows, C]; unless RowOutput::statistics, as the two below
+    const float* ln_weight;  // [C] or null
+    const float* ln_bias;    // [C] or null
+};
+
+enum class RowOutput { statistics, norm, norm_then_gelu };
+
+struct RowStatisticsShared {
+    float sums[2][kThreads / kWarpSize];
+};
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+    for (int bits = kWarpSize / 2; bits > 0; bits /= 2) {
+        value += __shfl_xor_sync(kFullWarp, value, bits);
+    }
+    return value;
+}
+
+// Sum over the threads of a row, the same in each of them, in a fixed order. One barrier.
+__device__ __forceinline__ float row_sum(float value, float (&sums)[kThreads / kWarpSize],
+                                         int threads_per_row) {
+    const int thread = threadIdx.x, warps = threads_per_row / kWarpSize;
+    value = warp_sum(value);
+    if (warps == 1) return value;
+    if (thread % kWarpSize == 0) store_shared(&sums[thread / kWarpSize], value);
+    __syncthreads();
+    const int first = thread / threads_per_row * warps;
+    float sum = 0.f;
+    for (int i = 0; i < warps; ++i) sum += load_shared<float>(&sums[first + i]);
+    return sum;
+}
+
+// kVector: C % 8 == 0, x and y are 16-byte aligned.
+template <class Element, bool kGelu, RowOutput kOutput, bool kVector>
+__global__ void __launch_bounds__(kThreads, kVector ? 2 : 1)
+    row_statistics_kernel(RowStatisticsParams p) {
+    CONVNEST_SHARED_MEMORY(RowStatisticsShared, shared);
+    constexpr int kHeld = 4;
+    const int lane = threadIdx.x % p.threads_per_row;
+    const int rows_per_block = kThreads / p.threads_per_row;
+    const std::uint32_t row = blockIdx.x * rows_per_block + threadIdx.x / p.threads_per_row;
+    const int octets = row < p.rows ? (p.C + 7) / 8 : 0;
+    const std::uint16_t* x = p.x + static_cast<std::size_t>(row) * p.C;
+
+    const auto widen = [&](const Octet& octet, float (&value)[8]) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            value[2 * k] = Element::low(octet.pair[k]);
+            value[2 * k + 1] = Element::high(octet.pair[k]);
+        }
+        if (kGelu) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) value[i] = gelu_fast(value[i]);
+        }
+    };
+    const auto read = [&](int octet) {
+        return load_octet<kVector>(x + octet * 8, p.C - octet * 8);
+    };
+    const auto squares = [&](const float (&value)[8], int octet, float mean) {
+        float sum = 0.f;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const float centred = value[i] - mean;
+            if (kVector || octet * 8 + i < p.C) sum = fmaf(centred, centred, sum);
+        }
+        return sum;
+    };
+
+    Octet raw[kHeld];
+    float held[kHeld][8];
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) {
+        if (lane + j * p.threads_per_row < octets) raw[j] = read(lane + j * p.threads_per_row);
+    }
+    float sum = 0.f;
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) {
+        if (lane + j * p.threads_per_row >= octets) break;
+        widen(raw[j], held[j]);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum += held[j][i];  // absent channels read as zero: GELU(0) = 0
+    }
+    for (int octet = lane + kHeld * p.threads_per_row; octet < octets; octet += p.threads_per_row) {
+        float value[8];
+        widen(read(octet), value);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum += value[i];
+    }
+    const float mean = row_sum(sum, shared.sums[0], p.threads_per_row) / p.C;
+
+    sum = 0.f;
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) {
+        const int octet = lane + j * p.threads_per_row;
+        if (octet >= octets) break;
+        sum += squares(held[j], octet, mean);
+    }
+    for (int octet = lane + kHeld * p.threads_per_row; octet < octets; octet += p.threads_per_row) {
+        float value[8];
+        widen(read(octet), value);
+        sum += squares(value, octet, mean);
+    }
+    const float variance = row_sum(sum, shared.sums[1], p.threads_per_row) / p.C;
+    const float rstd = rsqrtf(variance + p.eps);
+    if (lane == 0 && octets > 0) {
+        if (p.mean != nullptr) store_global(p.mean + row, mean);
+        if (p.rstd != nullptr) store_global(p.rstd + row, rstd);
+    }
+    if constexpr (kOutput != RowOutput::statistics) {
+        const auto write = [&](const float (&value)[8], int octet) {
+            float y[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const int channel = octet * 8 + i;
+                const bool exists = kVector || channel < p.C;
+                const float gamma =
+                    exists && p.ln_weight ? load_global(p.ln_weight + channel) : 1.f;
+                const float beta = exists && p.ln_bias ? load_global(p.ln_bias + channel) : 0.f;
+                y[i] = fmaf((value[i] - mean) * rstd, gamma, beta);
+                if (kOutput == RowOutput::norm_then_gelu) y[i] = gelu_fast(y[i]);
+            }
+            Octet packed;
+#pragma unroll
+            for (int k = 0; k < 4; ++k) packed.pair[k] = Element::pack(y[2 * k], y[2 * k + 1]);
+            store_octet<kVector>(p.y + static_cast<std::size_t>(row) * p.C + octet * 8, packed,
+                                 p.C - octet * 8);
+        };
+#pragma unroll
+        for (int j = 0; j < kHeld; ++j) {
+            const int octet = lane + j * p.threads_per_row;
+            if (octet >= octets) break;
+            write(held[j], octet);
+        }
+        for (int octet = lane + kHeld * p.threads_per_row; octet < octets;
+             octet += p.threads_per_row) {
+            float value[8];
+            widen(read(octet), value);
+            write(value, octet);
+        }
+    }
+}
+
+// Enough threads that a row fits in registers, a whole warp at least.
+inline int statistics_threads_per_row(int C) {
+    int threads = kWarpSize;
+    while (threads < kThreads && threads * 32 < C) threads *= 2;
+    return threads;
+}
+
+template <class Element, bool kGelu, RowOutput kOutput, bool kVector>
+void launch_row_statistics(const char* name, RowStatisticsParams p, void* stream) {
+    p.threads_per_row = statistics_threads_per_row(p.C);
+    const std::uint32_t rows_per_block = kThreads / p.threads_per_row;
+    run({.kernel = name,
+         .grid = dim3((p.rows + rows_per_block - 1) / rows_per_block),
+         .block = dim3(kThreads),
+         .shared_bytes = sizeof(RowStatisticsShared),
+         .stream = stream},
+        row_statistics_kernel<Element, kGelu, kOutput, kVector>, p);
+}
+
+}  // namespace convnest::cuda

@@ -1,0 +1,106 @@
+// The kernels under the host emulation, as a C library for ctypes. Every function returns 0, or 1
+// with the reason in emulation_error(). Buffers that kernels may touch are declared beforehand.
+#include "common/depthwise.cuh"
+#include "common/depthwise_wgrad.cuh"
+#include "gelu_layernorm_cuda.h"
+#include "guarded.h"
+#include "nested_conv.cuh"
+
+namespace {
+
+using convnest::cuda::ElementType;
+
+ElementType element_type(int float16) {
+    return float16 ? ElementType::float16 : ElementType::bfloat16;
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* emulation_error() { return emulation::error.c_str(); }
+
+void emulation_configure(unsigned seed, int skipped_barrier, int check_races) {
+    emulation::machine.settings = {seed, skipped_barrier, check_races != 0};
+    emulation::machine.barrier_sites.clear();
+    emulation::buffers.clear();
+}
+
+// Of the forward, the input gradient and the weight gradient.
+int shared_bytes_of_7x7(int kernel) {
+    using namespace convnest::cuda;
+    const std::size_t bytes[] = {sizeof(NestedConvFwdShared<7>),
+                                 depthwise_shared_bytes<7>(Source::gelu_gradient),
+                                 sizeof(DepthwiseWgradShared<7>)};
+    return static_cast<int>(bytes[kernel]);
+}
+
+// Outputs as a fraction of the pixels that the items march over, 128 to a row, in stages.
+double canvas_efficiency(int images, int height, int width, int radius, int wanted_items,
+                         int halo_rows) {
+    using namespace convnest::cuda;
+    const Canvas canvas = plan_canvas(images, height, width, radius, wanted_items);
+    std::int64_t rows = 0;
+    for (int i = 0; i < canvas.items; ++i) {
+        const Item item = item_of(canvas, i);
+        const int start = halo_rows > 0 ? item.first - radius : item.start;
+        rows += ceil_div(item.end + radius - start, kStageRows) * kStageRows;
+    }
+    return static_cast<double>(images) * height * width / (128.0 * static_cast<double>(rows));
+}
+
+int emulation_barrier_sites() { return static_cast<int>(emulation::machine.barrier_sites.size()); }
+
+void emulation_declare(const char* name, const void* address, std::size_t bytes, int writable) {
+    emulation::declare_buffer(name, address, bytes, writable != 0);
+}
+
+std::size_t nested_conv_fwd_params_bytes() { return sizeof(convnest::cuda::NestedConvFwdParams); }
+
+int nested_conv_fwd(const convnest::cuda::NestedConvFwdParams* params, int kernel_size,
+                    int float16) {
+    return emulation::guarded([&] {
+        convnest::cuda::launch_nested_conv_fwd(*params, kernel_size, element_type(float16),
+                                               nullptr);
+    });
+}
+
+std::size_t nested_conv_bwd_params_bytes() { return sizeof(convnest::cuda::NestedConvBwdParams); }
+
+std::size_t nested_conv_bwd_workspace(int N, int H, int W, int C, int kernel_size) {
+    return convnest::cuda::nested_conv_bwd_workspace_bytes(N, H, W, C, kernel_size);
+}
+
+int nested_conv_bwd(const convnest::cuda::NestedConvBwdParams* params, int kernel_size,
+                    int float16) {
+    return emulation::guarded([&] {
+        convnest::cuda::launch_nested_conv_bwd(*params, kernel_size, element_type(float16),
+                                               nullptr);
+    });
+}
+
+std::size_t gelu_layernorm_fwd_params_bytes() {
+    return sizeof(convnest::cuda::GeluLayerNormFwdParams);
+}
+
+std::size_t gelu_layernorm_bwd_params_bytes() {
+    return sizeof(convnest::cuda::GeluLayerNormBwdParams);
+}
+
+std::size_t gelu_layernorm_bwd_workspace(int rows, int C) {
+    return convnest::cuda::gelu_layernorm_bwd_workspace_bytes(rows, C);
+}
+
+int gelu_layernorm_fwd(const convnest::cuda::GeluLayerNormFwdParams* params, int float16) {
+    return emulation::guarded([&] {
+        convnest::cuda::launch_gelu_layernorm_fwd(*params, element_type(float16), nullptr);
+    });
+}
+
+int gelu_layernorm_bwd(const convnest::cuda::GeluLayerNormBwdParams* params, int float16) {
+    return emulation::guarded([&] {
+        convnest::cuda::launch_gelu_layernorm_bwd(*params, element_type(float16), nullptr);
+    });
+}
+
+}  // extern "C"

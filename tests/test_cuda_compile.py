@@ -1,0 +1,117 @@
+"""What nvcc makes of the CUDA kernels: no spills, HMMA, registers and bytes within budget."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from bench import sass
+from tests import emulation
+
+pytestmark = pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing()))
+
+reads_machine_code = pytest.mark.skipif(
+    sass.nvdisasm() is None, reason="there is no nvdisasm, neither the toolkit's nor triton's"
+)
+
+SOURCES = ["nested_conv.cu", "nested_conv_bwd.cu", "gelu_layernorm.cu"]
+ARCHS = ["sm_80", "sm_90"]
+
+# Registers of a thread, so that the blocks meant to share an SM do: two of 256 threads for the
+# vector kernels up to 7×7, one for the rest; the rows' backward has up to 512 threads.
+REGISTERS = {
+    "nested_conv_fwd_kernel": 128,
+    "depthwise_kernel": 128,
+    "depthwise_wgrad_kernel": 128,
+    "row_statistics_kernel": 80,
+    "layernorm_bwd_kernel": 128,
+    "sum_partials_kernel": 32,
+}
+CONVOLUTIONS = ("nested_conv_fwd_kernel", "depthwise_kernel", "depthwise_wgrad_kernel")
+
+# 1024 nominal outputs of a 7×7 in bf16 take this many warp instructions at most.
+STAGE_INSTRUCTIONS = {
+    "nested_conv_fwd_kernel": 1450,
+    "depthwise_kernel": 1080,
+    "depthwise_wgrad_kernel": 880,
+}
+
+
+@functools.cache
+def kernels(source: str, arch: str) -> list[sass.Kernel]:
+    return sass.compile_kernels(sass.CSRC / source, arch)
+
+
+def parse(kernel: sass.Kernel) -> tuple[str, list[str]]:
+    name, _, parameters = kernel.name.partition("<")
+    return name, parameters.rstrip(">").split(", ")
+
+
+@pytest.fixture(params=[(s, a) for s in SOURCES for a in ARCHS], ids="-".join)
+def compiled(request):
+    return kernels(*request.param)
+
+
+def test_no_spills_and_registers_within_budget(compiled):
+    for kernel in compiled:
+        name, parameters = parse(kernel)
+        assert kernel.spill_bytes == 0 and kernel.stack_bytes == 0, kernel.name
+        roomy = name in CONVOLUTIONS and (parameters[1] == "9" or parameters[-1] == "false")
+        assert kernel.registers <= (255 if roomy else REGISTERS[name]), kernel.name
+
+
+@reads_machine_code
+def test_the_convolutions_run_on_the_tensor_cores(compiled):
+    found = [kernel for kernel in compiled if parse(kernel)[0] in CONVOLUTIONS]
+    for kernel in found:
+        name, parameters = parse(kernel)
+        size = int(parameters[1])
+        assert kernel.count("HMMA.16816.F32") > 0, kernel.name
+        assert kernel.count("LDSM.16") > 0, kernel.name
+        # 8 rows and channels of a warp's stage, each with a product for every kernel row
+        mix = kernel.stage_mix(2)
+        products = sum(n for op, n in mix.items() if op.startswith("HMMA"))
+        assert products == 8 * (size + (name == "depthwise_wgrad_kernel")), kernel.name
+
+
+@reads_machine_code
+def test_global_accesses_are_16_bytes_wide(compiled):
+    for kernel in compiled:
+        name, parameters = parse(kernel)
+        if name not in CONVOLUTIONS or parameters[-1] != "true":
+            continue
+        mix = kernel.stage_mix(2)
+        reads = [op for op in mix if op.startswith(("LDG.", "LDGSTS"))]
+        writes = [op for op in mix if op.startswith("STG")]
+        assert any("128" in op for op in reads), kernel.name
+        assert all("128" in op for op in writes), kernel.name
+        # Nothing narrower but the statistics, 4 floats for a thread's quad, by asynchronous copy
+        narrow = {op: n for op, n in mix.items() if op in reads and "128" not in op}
+        assert sum(narrow.values()) <= 4 and all(op.startswith("LDGSTS") for op in narrow), narrow
+
+
+@reads_machine_code
+def test_stage_instructions_within_budget(compiled):
+    for kernel in compiled:
+        name, parameters = parse(kernel)
+        if (
+            name in CONVOLUTIONS
+            and parameters[:2] == ["BFloat16", "7"]
+            and parameters[-1] == "true"
+        ):
+            assert kernel.stage_mix(2).total() <= STAGE_INSTRUCTIONS[name], kernel.name
+
+
+def test_template_instances_are_as_counted_in_the_sources():
+    assert len(kernels("nested_conv.cu", "sm_80")) == 16 + 4
+    assert len(kernels("nested_conv_bwd.cu", "sm_80")) == 16 + 16 + 8 + 1
+    assert len(kernels("gelu_layernorm.cu", "sm_80")) == 8 + 16 + 1
+
+
+@pytest.mark.skipif(emulation.missing() is not None, reason=str(emulation.missing()))
+def test_shared_memory_within_budget():
+    """Two blocks and 2 KB of the system's in sm_80's 164 KB; one block in sm_86's 99 KB."""
+    lib = emulation.library()
+    for kernel in range(3):
+        assert 0 < lib.shared_bytes_of_7x7(kernel) <= (164 * 1024 - 2048) // 2

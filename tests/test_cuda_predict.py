@@ -1,0 +1,39 @@
+"""The prediction's own model: it cuts the canvas as the launches do."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+
+from bench import predict
+from tests import emulation
+
+
+@pytest.mark.skipif(emulation.missing() is not None, reason=str(emulation.missing()))
+@pytest.mark.parametrize("halo_rows", [0, 3])
+@pytest.mark.parametrize("wanted", [1, 8, 57, 400])
+@pytest.mark.parametrize(
+    "shape", [(128, 56, 56), (128, 28, 28), (128, 14, 14), (128, 7, 7), (3, 96, 130), (1, 1, 1)]
+)
+def test_canvas_efficiency_mirrors_the_launches(shape, wanted, halo_rows):
+    of_the_core = emulation.library().canvas_efficiency
+    of_the_core.restype = ctypes.c_double
+    mine = predict.canvas_efficiency(*shape, 3, wanted, halo_rows)
+    assert mine == pytest.approx(of_the_core(*shape, 3, wanted, halo_rows), rel=1e-12)
+    assert 0 < mine <= 1
+
+
+def test_pipes_of_an_instruction_mix():
+    assert predict.pipe("FFMA.FTZ") == "fp32"
+    assert predict.pipe("HMMA.16816.F32.BF16") == "tensor"
+    assert predict.pipe("LDSM.16.MT88.4") == "memory"
+    assert predict.pipe("FMNMX") == "alu"
+
+
+def test_a_chip_with_endless_bandwidth_is_not_bound_by_memory():
+    chip = predict.Chip("fast", "sm_90", 100, 1e9, 1e18, 1024, 128)
+    mix = predict.collections.Counter({"FFMA": 600, "HMMA.16816": 56, "LDS": 60})
+    terms = predict.predict(chip, predict.CONVOLUTIONS[0], mix, 56, 576)
+    assert terms["memory"] < 1e-6 < terms["issue"]
+    assert terms["issue"] == pytest.approx(716 / 4 / 1024 / (56 * 56 * 2 / (59 + 1) / 128), rel=0.1)

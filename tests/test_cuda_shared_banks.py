@@ -1,0 +1,77 @@
+"""Shared-memory accesses of the tensor-core kernels are free of bank conflicts: an address model.
+
+A wavefront serves 32 banks of 4 bytes; accesses of 8 bytes go by half-warps, of 16 by quarters.
+The addresses are those of csrc/common/planes.cuh, band.cuh and depthwise_wgrad.cuh.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+PLANE = 20 * 16
+ROW = 16 * PLANE
+
+
+def wavefronts(addresses: list[int | None], size: int) -> int:
+    lanes = 32 // max(size // 4, 1)
+    total = 0
+    for first in range(0, 32, lanes):
+        words: dict[int, set[int]] = {}
+        for address in addresses[first : first + lanes]:
+            for word in range(address // 4, (address + size) // 4) if address is not None else ():
+                words.setdefault(word % 32, set()).add(word)
+        total += max(map(len, words.values()), default=0)
+    return total
+
+
+def plane_of(channel: int) -> int:
+    return (channel & 7) * 2 + (channel >> 3)
+
+
+def roles(warp: int) -> list[tuple[int, int, int]]:
+    """Half, quad and row of the warp's threads."""
+    return [(t & 1, t >> 1 & 31, t >> 6) for t in range(warp * 32, warp * 32 + 32)]
+
+
+@pytest.mark.parametrize("warp", range(8))
+def test_fill_and_drain(warp):
+    for i in range(8):
+        cells = [r * ROW + (2 * i + o) * PLANE + q * 8 for o, q, r in roles(warp)]
+        assert wavefronts(cells, 8) == 2
+        gradient = [
+            None if q == 0 else a - 8 for a, (_, q, _) in zip(cells, roles(warp), strict=True)
+        ]
+        assert wavefronts(gradient, 8) == 2
+
+
+@pytest.mark.parametrize("channel", range(16))
+def test_matrix_loads_and_output_stores(channel):
+    base = plane_of(channel) * PLANE
+    window = [base + ((n & 7) + (n >> 3 & 1) * 8 + (n >> 4)) * 16 for n in range(32)]
+    transposed = [base + ((n & 7) + (n >> 4) * 8 + (n >> 3 & 1)) * 16 for n in range(32)]
+    gradient = [(n >> 4) * ROW + base + ((n & 7) + (n >> 3 & 1) * 8) * 16 for n in range(32)]
+    for addresses in (window, transposed, gradient):
+        assert wavefronts(addresses, 16) == 4
+    assert wavefronts([base + 8 + n * 4 for n in range(32)], 4) == 1
+
+
+@pytest.mark.parametrize("size", [3, 5, 7, 9])
+def test_band_loads(size):
+    offset = 4 - size // 2
+    shift = (7 + offset + 1) // 2 * 2
+    row_words = (15 - offset + shift + 1) // 2 + 1
+    copy_words = (16 * size * row_words + 31) // 32 * 32 + 16
+    for row in range(16 * size):
+        for half in (0, 4):
+            words = []
+            for lane in range(32):
+                e = 2 * (lane & 3) - (lane >> 2) - offset
+                word = (e & 1) * copy_words + row * row_words + (e + shift + (e & 1)) // 2 + half
+                assert 0 <= word - (e & 1) * copy_words - row * row_words < row_words
+                words.append(word * 4)
+            assert wavefronts(words, 4) == 1
+
+
+def test_thread_private_vectors():
+    """The shortcut's ring and the staging: 16 bytes, neighbouring threads side by side."""
+    assert wavefronts([lane * 16 for lane in range(32)], 16) == 4
