@@ -4,8 +4,9 @@
     2^f     = R(f),       |f| <= 1/2
 
 P is the weighted minimax polynomial: the error that it leaves in Phi(-a) is below 2^-25, that in
-GELU(-a) = -a Phi(-a) below 2^-26 max(1, a), and that relative to Phi(-a) below 4e-6 throughout. R is the
-minimax polynomial in relative error with R(0) = 1. Both are linear programs on Chebyshev nodes.
+GELU(-a) = -a Phi(-a) below 2^-26 max(1, a), and that relative to Phi(-a) below 4e-6 throughout. R
+is the minimax polynomial in relative error with R(0) = 1. Both are linear programs on Chebyshev
+nodes.
 """
 
 import numpy as np
