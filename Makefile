@@ -4,6 +4,8 @@
 PYTHON ?= python3
 # The release that CI tests. Any torch from 2.10 on will do: make TORCH="torch==2.14.1" test
 TORCH ?= torch==2.13.0
+# What that torch pins; its CUDA builds bring it. Where there is no wheel, the tests of it skip.
+TRITON ?= triton==3.7.1
 PYTEST_ARGS ?= -n auto
 VENV := .venv
 BIN := $(VENV)/bin
@@ -46,5 +48,6 @@ $(VENV)/.ready: $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-deps "$(TRITON)" || echo "Going on without Triton."
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@

@@ -20,8 +20,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 HINT = (
-    "convnest_kernels._C could not be built: {reason}. It needs a C++17 compiler (GCC 10 or Clang "
-    "12 and newer), CMake 3.20, ninja and pybind11. To install without the native kernels, set "
+    "convnest_kernels._C could not be built: {reason}. It needs a C++17 compiler (tested: GCC 12 "
+    "and Clang 22), CMake 3.20, ninja and pybind11. To install without the native kernels, set "
     "CONVNEST_SKIP_EXTENSION=1."
 )
 

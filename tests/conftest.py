@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests import triton_interpreter  # isort: skip  (before anything imports triton)
+
 import zlib
 from collections.abc import Iterator
 

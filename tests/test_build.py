@@ -106,19 +106,30 @@ class TestSetup:
         assert "convnest_kernels._C could not be built" in output
         assert "CONVNEST_SKIP_EXTENSION=1" in output
 
-    @pytest.mark.slow
-    @pytest.mark.parametrize("skip", ["0", "1"])
-    def test_wheel(self, tmp_path, skip):
+    def wheel(self, source, folder, **environment):
         command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
-        code, output = run(
-            *command, "--wheel-dir", str(tmp_path), str(ROOT), CONVNEST_SKIP_EXTENSION=skip
-        )
+        code, output = run(*command, "--wheel-dir", str(folder), str(source), **environment)
         assert code == 0, output
-        (wheel,) = tmp_path.glob("convnest_kernels-*.whl")
+        (wheel,) = folder.glob("convnest_kernels-*.whl")
         names = zipfile.ZipFile(wheel).namelist()
         assert "convnest_kernels/py.typed" in names
         assert "convnest_kernels/_C.pyi" in names
-        assert any(re.match(r"convnest_kernels/_C\..*\.so$", name) for name in names) == (
-            skip == "0"
-        )
-        assert wheel.name.endswith("py3-none-any.whl") == (skip == "1")
+        return wheel.name, [n for n in names if re.match(r"convnest_kernels/_C\..*\.so$", n)]
+
+    @pytest.mark.slow
+    def test_wheel(self, tmp_path):
+        name, modules = self.wheel(ROOT, tmp_path)
+        assert len(modules) == 1
+        assert not name.endswith("any.whl")
+
+    @pytest.mark.slow
+    def test_pure_python_wheel_on_purpose(self, tmp_path):
+        # From a copy: two builds of one folder at a time would get in each other's way.
+        source = tmp_path / "source"
+        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / "convnest_kernels", source / "convnest_kernels", ignore=ignored)
+        for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, source)
+        name, modules = self.wheel(source, tmp_path, CONVNEST_SKIP_EXTENSION="1")
+        assert modules == []
+        assert name.endswith("py3-none-any.whl")
