@@ -93,20 +93,16 @@ def select(call: Call, requested: str) -> str:
     Raises BackendError with every reason when there is none.
     """
     refused = {}
-    for name in _candidates(call, requested):
+    for name in BACKENDS if requested == "auto" else (requested,):
         reasons = reasons_against(name, call)
+        if requested == "auto" and name == "triton" and call.device == "cpu":
+            # That would be its interpreter, a tool for tests.
+            reasons = reasons or ["on CPU tensors it runs by name alone"]
         if not reasons:
             return name
         refused[name] = reasons
     lines = [f"  {name}: {'; '.join(reasons)}" for name, reasons in refused.items()]
     raise BackendError(f"backend={requested!r} cannot run {_describe(call)}:\n" + "\n".join(lines))
-
-
-def _candidates(call: Call, requested: str) -> tuple[str, ...]:
-    if requested != "auto":
-        return (requested,)
-    # On CPU tensors Triton means its interpreter, a tool for tests: it runs by name alone.
-    return tuple(name for name in BACKENDS if name != "triton" or call.device != "cpu")
 
 
 @functools.cache

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from tests import triton_interpreter  # isort: skip  (before anything imports triton)
+# First: it asks for Triton's interpreter, before anything imports triton.
+import tests.triton_interpreter  # noqa: F401
 
+# isort: split
 import zlib
 from collections.abc import Iterator
 

@@ -26,6 +26,12 @@ OPERATORS = ("nested_conv", "dwconv_gelu_layernorm", "gelu_layernorm", "layernor
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter, on for other tests, is not what a user's doctor checks."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
 def doctor(capsys: pytest.CaptureFixture[str], expected_code: int = 0) -> dict[str, Any]:
     assert main(["doctor", "--json"]) == expected_code
     report: dict[str, Any] = json.loads(capsys.readouterr().out)

@@ -62,6 +62,22 @@ def test_gradcheck_and_gradgradcheck(operator: str, options: Any, backend: str) 
 
 @each_backend
 @each_operator
+def test_inputs_that_depend_on_each_other(operator: str, backend: str) -> None:
+    """Each gradient is the partial one, in a second derivative too."""
+    case, inputs = small(operator, torch.float64)
+    x, *others = inputs.wanted
+
+    def dependent(x: Tensor, *others: Tensor) -> Tensor:
+        # As in a block: t comes from x; and the parameters from one another.
+        rest = [p + 0.1 * others[0].mean() + (x.sin() if p.shape == x.shape else 0) for p in others]
+        return case.function(x, *rest, backend=backend)
+
+    assert torch.autograd.gradcheck(dependent, (x, *others))
+    assert torch.autograd.gradgradcheck(dependent, (x, *others))
+
+
+@each_backend
+@each_operator
 @pytest.mark.parametrize("affine", [True, False])
 def test_opcheck(operator: str, affine: bool, backend: str) -> None:
     case, inputs = small(operator, affine=affine, bias=affine)

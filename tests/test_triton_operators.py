@@ -38,10 +38,7 @@ def _cases() -> list[object]:
     found = []
     for case in CASES:
         for dtype in DTYPES:
-            limit = 8_000 if dtype == torch.float16 else 20_000
-            slow = _tile_operations(case, dtype) > limit
-            if dtype == torch.bfloat16 and case.shape == (1, 14, 14, 240):
-                slow = case.operator != "nested_conv"
+            slow = _tile_operations(case, dtype) > 6_000
             marks = [pytest.mark.slow] if slow else []
             name = f"{case}-{str(dtype).removeprefix('torch.')}"
             found.append(pytest.param(case, dtype, id=name, marks=marks))

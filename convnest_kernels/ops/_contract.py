@@ -219,9 +219,12 @@ def eager_gradients(
     **options: Any,
 ) -> list[Tensor | None]:
     """The gradients through the eager formula `function`, which can be differentiated again."""
-    wanted = [x for x, need in zip(inputs, needs, strict=True) if need and x is not None]
     with torch.enable_grad(), without_autocast(dy):
-        y = function(*inputs, **options)
+        # Views: where one input depends on another (t on x in a block), the gradients asked for
+        # are the partial ones, not those through the other input's history.
+        views = [None if x is None else x.view_as(x) for x in inputs]
+        y = function(*views, **options)
+        wanted = [x for x, need in zip(views, needs, strict=True) if need and x is not None]
         found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return [next(found) if need else None for need in needs]
 

@@ -39,6 +39,18 @@ def architecture(x: Tensor) -> str:
     return _architecture(x.device) if x.is_cuda else "90"
 
 
+def row_options(x: Tensor, num_warps: int) -> dict[str, int]:
+    """The compiler options of a row kernel.
+
+    The limit on registers is what a multiprocessor has for one program. Without it ptxas aims at
+    a higher occupancy, and spills a register in a few of the many tiles to get there.
+    """
+    options = {"num_warps": num_warps}
+    if not architecture(x).startswith("gfx"):
+        options["maxnreg"] = min(255, 65536 // (32 * num_warps))
+    return options
+
+
 def parameter(p: Tensor | None) -> Tensor | None:
     """A parameter as the kernels read it: contiguous, in whatever floating dtype it has."""
     return None if p is None else p.detach().contiguous()

@@ -41,7 +41,10 @@ def candidates(tile: ConvTile) -> list[ConvTile]:
     found = [tile]
     if tile.matrix and tile.wgrad_rows:
         # Twice the programs a multiprocessor, for a few spilled registers; twice the channels.
-        found += [replace(tile, max_registers=128), replace(tile, block_c=16, num_warps=16)]
+        found += [
+            replace(tile, max_registers=128),
+            replace(tile, block_c=16, num_warps=16, max_registers=128),
+        ]
     elif tile.matrix:
         found += [replace(tile, num_stages=stages) for stages in (1, 3)]
         found += [replace(tile, block_c=16, num_warps=8)]

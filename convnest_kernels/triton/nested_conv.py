@@ -142,5 +142,5 @@ def _finish(dh: Tensor, h: Tensor, mean: Tensor, rstd: Tensor, row_sums: Tensor)
             BLOCK_R=tile.block_r,
             BLOCK_C=tile.block_c,
             N_BLOCKS=tile.n_blocks,
-            num_warps=tile.num_warps,
+            **_launch.row_options(h, tile.num_warps),
         )

@@ -147,6 +147,6 @@ def forward(
             BLOCK_R=tile.block_r,
             BLOCK_C=tile.block_c,
             N_BLOCKS=tile.n_blocks,
-            num_warps=tile.num_warps,
+            **_launch.row_options(x, tile.num_warps),
         )
     return y, mean, rstd

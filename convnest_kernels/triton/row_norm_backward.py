@@ -210,7 +210,7 @@ def backward(
             BLOCK_R=tile.block_r,
             BLOCK_C=tile.block_c,
             N_BLOCKS=tile.n_blocks,
-            num_warps=tile.num_warps,
+            **_launch.row_options(x, tile.num_warps),
         )
         _launch.sum_partials(partials, (d_weight, d_bias, d_third), (channels,) * 3)
     return dx, d_weight, d_bias, d_third, dresidual
