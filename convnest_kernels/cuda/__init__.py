@@ -1,4 +1,4 @@
-"""The CUDA C++ backend's seat: no kernel is there yet, and it says so."""
+"""The CUDA C++ backend's seat: its kernels (csrc/*.cu) are not built into `_C` yet."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ name = "cuda"
 
 
 def reasons_against(call: Call) -> list[str]:
-    return ["the CUDA C++ kernels are not written yet"]
+    return ["its kernels are not built into this version yet"]
