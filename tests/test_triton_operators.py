@@ -50,6 +50,12 @@ def test_output_and_gradients(case: Case, dtype: torch.dtype) -> None:
     check(case, make_inputs(case, dtype), "triton")
 
 
+def test_backward_in_two_launches() -> None:
+    """Large kernels split the weight gradient over launches; their other cases are marked slow."""
+    case = Case("nested_conv", (1, 4, 6, 10), kernel_size=11)
+    check(case, make_inputs(case, torch.float32), "triton")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_float32_parameters_beside_low_precision_activations(
