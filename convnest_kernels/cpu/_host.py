@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from convnest_kernels import _extension
-from convnest_kernels.reference.common import accumulate_dtype
+from convnest_kernels.reference.common import accumulate_dtype, new_statistics
+
+__all__ = [
+    "DTYPE_CODES",
+    "_C",
+    "address",
+    "new_gradient",
+    "new_output",
+    "new_statistics",
+    "parameter",
+]
 
 _C: Any = _extension.module  # None where it could not be built; no kernel is ever selected then
 
@@ -41,10 +51,3 @@ def new_gradient(x: Tensor, shape: tuple[int, ...], need: bool) -> Tensor:
 def new_output(x: Tensor, need: bool = True) -> Tensor:
     """An uninitialised contiguous tensor like x; empty if it is not needed."""
     return x.new_empty(x.shape if need else 0)
-
-
-def new_statistics(x: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """Uninitialised mean and rstd of the rows of x; empty if they are not kept."""
-    dtype = accumulate_dtype(x.dtype)
-    shape = x.shape[:-1] if keep else (0,)
-    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)

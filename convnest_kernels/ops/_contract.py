@@ -273,11 +273,4 @@ def needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None
 
 def kept(x: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised tensors for what backward needs: one like x, and the row statistics."""
-    return x.new_empty(x.shape if keep else 0), *statistics(x, keep)
-
-
-def statistics(x: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """Uninitialised mean and rstd of the rows of x."""
-    dtype = common.accumulate_dtype(x.dtype)
-    shape = x.shape[:-1] if keep else (0,)
-    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+    return x.new_empty(x.shape if keep else 0), *common.new_statistics(x, keep)

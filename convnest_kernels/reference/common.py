@@ -50,11 +50,18 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
+def new_statistics(x: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """Uninitialised mean and rstd of the rows of x; empty if they are not kept."""
+    dtype = accumulate_dtype(x.dtype)
+    shape = x.shape[:-1] if keep else (0,)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+
+
 def statistics(x: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
     """Mean and 1/√(var + eps) over the last axis, two-pass, as kernels keep them for backward."""
     dtype = accumulate_dtype(x.dtype)
     if not keep:
-        return x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
+        return new_statistics(x, keep)
     variance, mean = torch.var_mean(x.to(dtype), dim=-1, correction=0)
     return mean, torch.rsqrt(variance + eps)
 
