@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -227,6 +228,73 @@ void bind_row_stems(py::module_& cpu) {
         nogil);
 }
 
+// Addresses in the order of the structs in nested_block.h.
+void bind_nested_block(py::module_& cpu) {
+    cpu.def(
+        "nested_block_forward",
+        [](const std::array<Address, 12>& in, const std::array<Address, 8>& out, Size N, Size H,
+           Size W, Size C, Size D, int K, double eps, bool shortcut, int dtype) {
+            const NestedBlockFwdParams params{at(in[0]),
+                                              at(in[1]),
+                                              at(in[2]),
+                                              at(in[3]),
+                                              at(in[4]),
+                                              at(in[5]),
+                                              at(in[6]),
+                                              at(in[7]),
+                                              at(in[8]),
+                                              at(in[9]),
+                                              at(in[10]),
+                                              at(in[11]),
+                                              at(out[0]),
+                                              at(out[1]),
+                                              at(out[2]),
+                                              at(out[3]),
+                                              at(out[4]),
+                                              at(out[5]),
+                                              at(out[6]),
+                                              at(out[7]),
+                                              N,
+                                              H,
+                                              W,
+                                              C,
+                                              D,
+                                              kernel_size(K),
+                                              eps,
+                                              shortcut,
+                                              dtype_of(dtype)};
+            if (!empty(N, H, W, C)) kernels().nested_block_forward(params);
+        },
+        py::arg("inputs"), py::arg("outputs"), py::arg("N"), py::arg("H"), py::arg("W"),
+        py::arg("C"), py::arg("D"), py::arg("K"), py::arg("eps"), py::arg("shortcut"),
+        py::arg("dtype"), py::call_guard<py::gil_scoped_release>());
+}
+
+void bind_nested_block_backward(py::module_& cpu) {
+    cpu.def(
+        "nested_block_backward",
+        [](const std::array<Address, 18>& in, const std::array<Address, 12>& out, Size N, Size H,
+           Size W, Size C, Size D, int K, double eps, bool shortcut, int dtype) {
+            const NestedBlockBwdParams params{at(in[0]),  at(in[1]),   at(in[2]),
+                                              at(in[3]),  at(in[4]),   at(in[5]),
+                                              at(in[6]),  at(in[7]),   at(in[8]),
+                                              at(in[9]),  at(in[10]),  at(in[11]),
+                                              at(in[12]), at(in[13]),  at(in[14]),
+                                              at(in[15]), at(in[16]),  at(in[17]),
+                                              at(out[0]), at(out[1]),  at(out[2]),
+                                              at(out[3]), at(out[4]),  at(out[5]),
+                                              at(out[6]), at(out[7]),  at(out[8]),
+                                              at(out[9]), at(out[10]), at(out[11]),
+                                              N,          H,           W,
+                                              C,          D,           kernel_size(K),
+                                              eps,        shortcut,    dtype_of(dtype)};
+            if (!empty(N, H, W, C)) kernels().nested_block_backward(params);
+        },
+        py::arg("inputs"), py::arg("outputs"), py::arg("N"), py::arg("H"), py::arg("W"),
+        py::arg("C"), py::arg("D"), py::arg("K"), py::arg("eps"), py::arg("shortcut"),
+        py::arg("dtype"), py::call_guard<py::gil_scoped_release>());
+}
+
 void bind_control(py::module_& cpu) {
     cpu.def("isas", runnable_isas, "The instruction sets that run here, best last.");
     cpu.def("isa", [] { return std::string(kernels().isa); }, "The active instruction set.");
@@ -278,5 +346,7 @@ PYBIND11_MODULE(_C, m) {
     py::module_ cpu = m.def_submodule("cpu", "Kernels on the CPU.");
     convnest::bind_conv_stems(cpu);
     convnest::bind_row_stems(cpu);
+    convnest::bind_nested_block(cpu);
+    convnest::bind_nested_block_backward(cpu);
     convnest::bind_control(cpu);
 }

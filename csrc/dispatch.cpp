@@ -13,6 +13,8 @@
     void gelu_layernorm_backward(const GeluLayernormBwdParams&);              \
     void layernorm_residual_forward(const LayernormResidualFwdParams&);       \
     void layernorm_residual_backward(const LayernormResidualBwdParams&);      \
+    void nested_block_forward(const NestedBlockFwdParams&);                   \
+    void nested_block_backward(const NestedBlockBwdParams&);                  \
     constexpr Kernels kKernels{#isa,                                          \
                                nested_conv_forward,                           \
                                nested_conv_backward,                          \
@@ -21,13 +23,16 @@
                                gelu_layernorm_forward,                        \
                                gelu_layernorm_backward,                       \
                                layernorm_residual_forward,                    \
-                               layernorm_residual_backward};                  \
+                               layernorm_residual_backward,                   \
+                               nested_block_forward,                          \
+                               nested_block_backward};                        \
     }
 
 CONVNEST_DECLARE_ISA(portable)
 #if defined(CONVNEST_X86_64)
 CONVNEST_DECLARE_ISA(avx2)
 CONVNEST_DECLARE_ISA(avx512)
+CONVNEST_DECLARE_ISA(avx512bf16)
 #endif
 
 namespace convnest {
@@ -51,6 +56,7 @@ const std::vector<Choice>& choices() {
             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
         found.push_back({&avx2::kKernels, avx2});
         found.push_back({&avx512::kKernels, avx512});
+        found.push_back({&avx512bf16::kKernels, avx512 && __builtin_cpu_supports("avx512bf16")});
 #endif
         return found;
     }();

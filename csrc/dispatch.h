@@ -8,6 +8,7 @@
 #include "dwconv_gelu_layernorm.h"
 #include "gelu_layernorm.h"
 #include "layernorm_residual.h"
+#include "nested_block.h"
 #include "nested_conv.h"
 
 namespace convnest {
@@ -22,6 +23,8 @@ struct Kernels {
     void (*gelu_layernorm_backward)(const GeluLayernormBwdParams&);
     void (*layernorm_residual_forward)(const LayernormResidualFwdParams&);
     void (*layernorm_residual_backward)(const LayernormResidualBwdParams&);
+    void (*nested_block_forward)(const NestedBlockFwdParams&);
+    void (*nested_block_backward)(const NestedBlockBwdParams&);
 };
 
 // The active set: the best one that this machine runs, unless set_isa chose another.

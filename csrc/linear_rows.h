@@ -1,0 +1,100 @@
+// Linear layer on a few rows whose input lies in cache: y[i, m] = bias[m] + sum_k x[i, k] w[m, k].
+//
+// The weights are packed once per call into panels of a few vectors of outputs, [panel][K][V * L],
+// the last one as narrow as it is. A register tile is P rows x V vectors: per k it loads V vectors
+// of weights and multiplies each by one broadcast input of each row. K is cut so that the part of a
+// panel that all row tiles walk over stays in the L1 cache.
+// Operands are float or double; or, where the instruction set multiplies pairs of bfloat16 and adds
+// them in float, BFloat16, whose packed element is a pair of k (twice the rate).
+// Used by nested_block, whose layers read and write scratch memory of one band of image rows.
+#pragma once
+
+#include <cstdint>
+
+#include "common/parameters.h"
+
+namespace convnest::CONVNEST_ISA {
+
+namespace {
+
+template <class E>
+struct Operand {
+    using Packed = E;
+    static constexpr int kStep = 1;  // of k in a packed element
+};
+template <>
+struct Operand<BFloat16> {
+    using Packed = std::uint32_t;
+    static constexpr int kStep = 2;
+};
+
+// What a layer's input of T is multiplied as.
+template <class T>
+struct OperandOf {
+    using type = Accumulate<T>;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct OperandOf<BFloat16> {
+    using type = BFloat16;
+};
+#endif
+
+template <class E>
+CONVNEST_INLINE std::int64_t packed_steps(std::int64_t K) {
+    return (K + Operand<E>::kStep - 1) / Operand<E>::kStep;
+}
+template <class E>
+CONVNEST_INLINE std::int64_t packed_elements(std::int64_t K, std::int64_t M) {
+    return packed_steps<E>(K) * padded_channels<Accumulate<E>>(M);
+}
+
+}  // namespace
+
+// y is written in whole vectors; its lanes from M on are 0. Rows of BFloat16 must be followed by a
+// zero where K is odd, and x_stride is even.
+template <class E>
+struct LinearRows {
+    using A = Accumulate<E>;
+    const E* x;
+    std::int64_t x_stride;
+    const typename Operand<E>::Packed* weight;  // as pack_linear leaves it
+    const A* bias;                              // padded to whole vectors
+    A* y;
+    std::int64_t y_stride;
+    std::int64_t rows, K, M;
+};
+
+// weight[m * m_stride + k * k_stride] into panels, packed_elements<E>(K, M), in parallel.
+template <class E>
+struct PackLinear {
+    const Accumulate<E>* weight;
+    std::int64_t m_stride, k_stride;
+    typename Operand<E>::Packed* packed;
+    std::int64_t K, M;
+};
+
+// The weight gradient of a layer: sum[m, c] += sum_i a[i, m] b[i, c]; columns in whole vectors.
+template <class A>
+struct OuterRows {
+    const A* a;
+    std::int64_t a_stride;
+    const A* b;
+    std::int64_t b_stride;
+    A* sum;
+    std::int64_t sum_stride;
+    std::int64_t rows, M, columns;
+};
+
+void outer_rows(const OuterRows<float>&);
+void outer_rows(const OuterRows<double>&);
+void linear_rows(const LinearRows<float>&);
+void linear_rows(const LinearRows<double>&);
+void pack_linear(const PackLinear<float>&);
+void pack_linear(const PackLinear<double>&);
+#if defined(__AVX512BF16__)
+void linear_rows(const LinearRows<BFloat16>&);
+void pack_linear(const PackLinear<BFloat16>&);
+#endif
+
+}  // namespace convnest::CONVNEST_ISA

@@ -1,0 +1,55 @@
+// nested_block forward; the formula is in nested_block.h.
+//
+// Reads x; writes y, and what is kept for backward. A unit is a band of rows of one image
+// (nested_block_rows.h). Nothing is computed twice but the halo rows of neighbouring bands.
+#include "nested_block_rows.h"
+
+namespace convnest::CONVNEST_ISA {
+namespace {
+
+template <class T>
+struct Forward {
+    NestedBlockRows<T> rows;
+    std::int64_t bands;
+
+    static void prepare(char* base, void* context) {
+        const Forward& f = *static_cast<const Forward*>(context);
+        Carver carver(base);
+        f.rows.take_scratch(carver).wide.z.clear(f.rows.wide.step.blocks);
+    }
+
+    static void run_unit(std::int64_t unit, char* base, void* context) {
+        const Forward& f = *static_cast<const Forward*>(context);
+        const NestedBlockFwdParams& p = f.rows.p;
+        Carver carver(base);
+        f.rows.run_band(f.rows.take_scratch(carver), unit / f.bands,
+                        part_of(p.H, f.bands, unit % f.bands),
+                        {static_cast<T*>(p.h), static_cast<T*>(p.u), 0});
+    }
+};
+
+template <class T>
+void forward(const NestedBlockFwdParams& p) {
+    Forward<T> f{NestedBlockRows<T>::plan(p), forward_bands(p.N, p.H, p.K, num_threads())};
+    Carver parameters(nullptr), scratch(nullptr);
+    f.rows.take_parameters(parameters);
+    f.rows.take_scratch(scratch);
+    const CallScratch memory(parameters.used());
+    Carver carver(memory.data());
+    f.rows.take_parameters(carver);
+    f.rows.copy_parameters();
+    run_units({p.N * f.bands, scratch.used(), f.prepare, f.run_unit, &f});
+}
+
+}  // namespace
+
+void nested_block_forward(const NestedBlockFwdParams& p) {
+    switch (p.dtype) {
+        case DType::kFloat32: return forward<float>(p);
+        case DType::kFloat64: return forward<double>(p);
+        case DType::kBFloat16: return forward<BFloat16>(p);
+        case DType::kFloat16: return forward<Float16>(p);
+    }
+}
+
+}  // namespace convnest::CONVNEST_ISA

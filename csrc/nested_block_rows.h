@@ -1,0 +1,205 @@
+// The forward pass of nested_block on the rows of one band; the formula is in nested_block.h.
+//
+// A band marches down its image: the rows that a step still needs pass the first layer into
+// scratch memory and enter the ring of z; the step's rows are convolved, pass the outer GELU in
+// place, the second layer and the last norm. Backward uses it to compute h and u again.
+#pragma once
+
+#include <type_traits>
+
+#include "common/partition.h"
+#include "linear_rows.h"
+#include "nested_block.h"
+#include "nested_conv_rows.h"
+
+namespace convnest::CONVNEST_ISA {
+namespace {
+
+template <class E, int N>
+CONVNEST_INLINE void store_operand(E* p, const Pack<Accumulate<E>, N>& pack) {
+    store_as(p, pack, AllLanes<N>{});
+}
+
+template <class T>
+struct NestedBlockRows {
+    using A = Accumulate<T>;
+    using E = typename OperandOf<T>::type;
+    using Packed = typename Operand<E>::Packed;
+
+    const NestedBlockFwdParams& p;
+    NestedConvRows<T> wide;
+    std::int64_t narrow;  // C rounded up to whole vectors
+    const T* given_h;     // [N, H, W, D]: h, not to be computed; or null
+    Packed *fc1_weight, *fc2_weight;
+    A *fc1_bias, *fc2_bias, *post_weight, *post_bias, *scale;
+
+    // One worker's memory. h, then v in the operand type, share the memory of the convolution's
+    // result.
+    struct Scratch {
+        typename NestedConvRows<T>::Scratch wide;
+        E* x;  // [S][W][Cp], unless the first layer can read the tensor itself
+        A* t;  // [S][W][Cp]
+    };
+
+    static NestedBlockRows plan(const NestedBlockFwdParams& p) {
+        const auto step = RowStep<A>::plan(p.H, p.W, p.D, p.K);
+        return {p,
+                NestedConvRows<T>::plan(step, p.D, p.eps, p.shortcut),
+                padded_channels<A>(p.C),
+                {},
+                {},
+                {},
+                {},
+                {},
+                {},
+                {},
+                {}};
+    }
+
+    // Whether a row of x is an operand as it is; pairs want an even number of channels.
+    bool reads_x() const { return std::is_same<T, E>::value && p.C % Operand<E>::kStep == 0; }
+
+    void take_parameters(Carver& carver) {
+        wide.take_parameters(carver);
+        fc1_weight = carver.take<Packed>(packed_elements<E>(p.C, p.D));
+        fc2_weight = carver.take<Packed>(packed_elements<E>(p.D, p.C));
+        fc1_bias = carver.take<A>(wide.step.channels);
+        for (A** at : {&fc2_bias, &post_weight, &post_bias, &scale}) *at = carver.take<A>(narrow);
+    }
+
+    void copy_parameters() const {
+        wide.copy_parameters({p.conv_weight, p.conv_bias, p.norm_weight, p.norm_bias});
+        copy_parameter(p.fc1_bias, A(0), p.D, fc1_bias);
+        copy_parameter(p.fc2_bias, A(0), p.C, fc2_bias);
+        copy_parameter(p.post_weight, A(1), p.C, post_weight);
+        copy_parameter(p.post_bias, A(0), p.C, post_bias);
+        copy_parameter(p.scale, A(1), p.C, scale);
+        pack_linear(
+            PackLinear<E>{static_cast<const A*>(p.fc1_weight), p.C, 1, fc1_weight, p.C, p.D});
+        pack_linear(
+            PackLinear<E>{static_cast<const A*>(p.fc2_weight), p.D, 1, fc2_weight, p.D, p.C});
+    }
+
+    Scratch take_scratch(Carver& carver) const {
+        Scratch s;
+        s.wide = wide.take_scratch(carver);
+        s.x = carver.take<E>(reads_x() ? 0 : wide.step.rows * p.W * narrow);
+        s.t = carver.take<A>(wide.step.rows * p.W * narrow);
+        return s;
+    }
+
+    // h and u, from pixel `origin` on; null: not kept.
+    struct Kept {
+        T *h, *u;
+        std::int64_t origin;
+    };
+
+    void run_band(const Scratch& s, std::int64_t n, Range band, const Kept& kept) const {
+        const RowStep<A>& step = wide.step;
+        std::int64_t entered = step.first_row(band.begin);
+        for (std::int64_t y = band.begin; y < band.end; y += step.rows) {
+            const std::int64_t count = band.end - y < step.rows ? band.end - y : step.rows;
+            while (entered < step.end_row(y + count)) {
+                const std::int64_t left = step.end_row(y + count) - entered;
+                const std::int64_t rows = left < step.rows ? left : step.rows;
+                enter_rows(s, n, entered, rows, band, kept);
+                entered += rows;
+            }
+            wide.convolve(s.wide, y, count);
+            leave_rows(s, n, y, count, kept);
+        }
+    }
+
+    void enter_rows(const Scratch& s, std::int64_t n, std::int64_t y, std::int64_t count,
+                    Range band, const Kept& kept) const {
+        const std::int64_t first = (n * p.H + y) * p.W, stride = wide.step.pixel;
+        if (given_h == nullptr) expand(s, first, count * p.W);
+        for (std::int64_t r = 0; r < count; ++r) {
+            const std::int64_t row = first + r * p.W;
+            const bool owned = y + r >= band.begin && y + r < band.end;
+            A* mean = owned && p.mean != nullptr ? static_cast<A*>(p.mean) + row : nullptr;
+            A* rstd = owned && p.rstd != nullptr ? static_cast<A*>(p.rstd) + row : nullptr;
+            if (given_h != nullptr) {
+                const T* h = given_h + row * p.D;
+                wide.enter_row(
+                    s.wide, y + r, mean, rstd,
+                    [&](std::int64_t i, std::int64_t c, auto lanes)
+                        CONVNEST_INLINE_LAMBDA { return load_as(h + i * p.D + c, lanes); });
+                continue;
+            }
+            const A* h = s.wide.conv + r * p.W * stride;
+            T* kept_h = owned && kept.h != nullptr ? kept.h + (row - kept.origin) * p.D : nullptr;
+            wide.enter_row(s.wide, y + r, mean, rstd,
+                           [&](std::int64_t i, std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+                               const auto value =
+                                   rounded_to<T>(load_all(h + i * stride + c, lanes));
+                               if (kept_h != nullptr) store_as(kept_h + i * p.D + c, value, lanes);
+                               return value;
+                           });
+        }
+    }
+
+    // h of some pixels, in the memory of the convolution's result.
+    void expand(const Scratch& s, std::int64_t first, std::int64_t pixels) const {
+        const T* x = static_cast<const T*>(p.x) + first * p.C;
+        LinearRows<E> layer{s.x,    narrow, fc1_weight, fc1_bias, s.wide.conv, wide.step.pixel,
+                            pixels, p.C,    p.D};
+        if (reads_x()) {
+            layer.x = reinterpret_cast<const E*>(x);
+            layer.x_stride = p.C;
+        } else {
+            for (std::int64_t i = 0; i < pixels; ++i) {
+                over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+                    store_operand(s.x + i * narrow + c, load_as(x + i * p.C + c, lanes));
+                });
+            }
+        }
+        linear_rows(layer);
+    }
+
+    void leave_rows(const Scratch& s, std::int64_t n, std::int64_t y, std::int64_t count,
+                    const Kept& kept) const {
+        const std::int64_t first = (n * p.H + y) * p.W, stride = wide.step.pixel;
+        // In place, pixel by pixel: an operand is no larger than what it takes the place of.
+        E* v = reinterpret_cast<E*>(s.wide.conv);
+        for (std::int64_t r = 0; r < count; ++r) {
+            T* u_row = kept.u == nullptr ? nullptr : kept.u + (first + r * p.W - kept.origin) * p.D;
+            E* v_row = v + r * p.W * stride;
+            wide.leave_row(s.wide, y + r, r, u_row,
+                           [&](std::int64_t i, std::int64_t c, const auto& value, auto)
+                               CONVNEST_INLINE_LAMBDA {
+                                   store_operand(v_row + i * stride + c, rounded_to<T>(value));
+                               });
+        }
+        if (p.y == nullptr && p.t == nullptr) return;
+        linear_rows(
+            LinearRows<E>{v, stride, fc2_weight, fc2_bias, s.t, narrow, count * p.W, p.D, p.C});
+        for (std::int64_t i = 0; i < count * p.W; ++i) leave_pixel(s.t + i * narrow, first + i);
+    }
+
+    void leave_pixel(A* t, std::int64_t pixel) const {
+        const T* x = static_cast<const T*>(p.x) + pixel * p.C;
+        T* kept = p.t == nullptr ? nullptr : static_cast<T*>(p.t) + pixel * p.C;
+        ChannelSum<A> sum;
+        over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+            const auto value = rounded_to<T>(load_all(t + c, lanes));
+            store_all(t + c, value);
+            if (kept != nullptr) store_as(kept + c, value, lanes);
+            sum.add(value);
+        });
+        const auto stats = row_statistics(t, p.C, sum.total(), static_cast<A>(p.eps));
+        if (p.post_mean != nullptr) static_cast<A*>(p.post_mean)[pixel] = stats.mean;
+        if (p.post_rstd != nullptr) static_cast<A*>(p.post_rstd)[pixel] = stats.rstd;
+        if (p.y == nullptr) return;
+        T* y = static_cast<T*>(p.y) + pixel * p.C;
+        over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+            const auto xhat = (load_all(t + c, lanes) - stats.mean) * stats.rstd;
+            const auto norm =
+                xhat * load_all(post_weight + c, lanes) + load_all(post_bias + c, lanes);
+            store_as(y + c, load_as(x + c, lanes) * load_all(scale + c, lanes) + norm, lanes);
+        });
+    }
+};
+
+}  // namespace
+}  // namespace convnest::CONVNEST_ISA

@@ -1,0 +1,126 @@
+// The forward pass of nested_conv on the rows of one band, for nested_conv and nested_block, which
+// differ in where rows come from and where they go.
+//
+// enter_row gives a row of z (into the ring, in the accumulate type) and of g (kept for the
+// shortcut), with GELU once per element; convolve does the rows of a step from the ring; leave_row
+// adds bias and shortcut and applies the outer GELU, pixel by pixel. The strided accesses stay in
+// scratch memory of (K - 1 + S) rows, which is what fits the L2 cache.
+#pragma once
+
+#include <cstdint>
+
+#include "common/layernorm.h"
+#include "common/parameters.h"
+#include "depthwise_row.h"
+#include "row_step.h"
+
+namespace convnest::CONVNEST_ISA {
+namespace {
+
+struct NestedConvParameters {
+    const void *conv_weight, *conv_bias, *ln_weight, *ln_bias;
+};
+
+template <class T>
+struct NestedConvRows {
+    using A = Accumulate<T>;
+    static constexpr int L = kLanes<A>;
+
+    RowStep<A> step;
+    RowKernels<A> kernels;
+    std::int64_t C, kept_rows;
+    A eps;
+    bool shortcut;
+    A *weight, *conv_bias, *ln_weight, *ln_bias;
+
+    // One worker's memory.
+    struct Scratch {
+        Ring<A> z;
+        A* g;     // [kept_rows][W][Cp]: the rows that the shortcut still needs
+        A* conv;  // [S][W][Cp]
+    };
+
+    static NestedConvRows plan(const RowStep<A>& step, std::int64_t C, double eps, bool shortcut) {
+        NestedConvRows r{step, {}, C, 1, static_cast<A>(eps), shortcut, {}, {}, {}, {}};
+        row_kernels(step.K, &r.kernels);
+        // Without the shortcut g is only the row that is being normalised.
+        if (shortcut) r.kept_rows = step.rows + step.K / 2;
+        return r;
+    }
+
+    // Parameters, shared by all workers.
+    void take_parameters(Carver& carver) {
+        weight = carver.take<A>(step.channels * step.K * step.K);
+        conv_bias = carver.take<A>(step.channels);
+        ln_weight = carver.take<A>(step.channels);
+        ln_bias = carver.take<A>(step.channels);
+    }
+    void copy_parameters(const NestedConvParameters& p) const {
+        copy_parameter(p.conv_bias, A(0), C, conv_bias);
+        copy_parameter(p.ln_weight, A(1), C, ln_weight);
+        copy_parameter(p.ln_bias, A(0), C, ln_bias);
+        const A* given = static_cast<const A*>(p.conv_weight);
+        WeightCopy<A>{given, weight, C, step.K * step.K, false}.run();
+    }
+
+    Scratch take_scratch(Carver& carver) const {
+        Scratch s;
+        s.z = step.take_ring(carver);
+        s.g = carver.take<A>(kept_rows * step.W * step.pixel);
+        s.conv = carver.take<A>(step.rows * step.W * step.pixel);
+        return s;
+    }
+
+    // g and z of image row y, and the statistics of its pixels where they are kept (not null).
+    // h(x, c, lanes) is a Pack of the row's input.
+    template <class F>
+    CONVNEST_INLINE_LAMBDA void enter_row(const Scratch& s, std::int64_t y, A* mean, A* rstd,
+                                          F&& h) const {
+        A* g_row = s.g + (y % kept_rows) * step.W * step.pixel;
+        A* z_row = s.z.row(0, y) + s.z.pad * L;
+        for (std::int64_t x = 0; x < step.W; ++x) {
+            A* g = g_row + x * step.pixel;
+            ChannelSum<A> sum;
+            over_channels<A>(C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+                const auto value = gelu_of(h(x, c, lanes));
+                store_all(g + c, value);
+                sum.add(value);
+            });
+            const auto stats = row_statistics(g, C, sum.total(), eps);
+            A* z = z_row + x * L;
+            over_channels<A>(C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+                const auto xhat = (load_all(g + c, lanes) - stats.mean) * stats.rstd;
+                const auto gamma = load_all(ln_weight + c, lanes);
+                store_all(z, xhat * gamma + load_all(ln_bias + c, lanes), s.z.block_stride);
+                z += lanes.kVectors * s.z.block_stride;
+            });
+            if (mean != nullptr) mean[x] = stats.mean;
+            if (rstd != nullptr) rstd[x] = stats.rstd;
+        }
+    }
+
+    void convolve(const Scratch& s, std::int64_t y, std::int64_t count) const {
+        step.convolve(kernels, s.z, weight, y, count, s.conv, step.W * step.pixel, step.pixel, L);
+    }
+
+    // u (where it is kept) and v of image row y, the r-th of this step; v(x, c, pack, lanes) takes
+    // it.
+    template <class F>
+    CONVNEST_INLINE_LAMBDA void leave_row(const Scratch& s, std::int64_t y, std::int64_t r,
+                                          T* u_row, F&& v) const {
+        for (std::int64_t x = 0; x < step.W; ++x) {
+            const A* conv = s.conv + (r * step.W + x) * step.pixel;
+            const A* g = s.g + ((y % kept_rows) * step.W + x) * step.pixel;
+            T* u = u_row == nullptr ? nullptr : u_row + x * C;
+            over_channels<A>(C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+                auto sum = load_all(conv + c, lanes) + load_all(conv_bias + c, lanes);
+                if (shortcut) sum = sum + load_all(g + c, lanes);
+                if (u != nullptr) store_as(u + c, sum, lanes);
+                v(x, c, gelu_of(sum), lanes);
+            });
+        }
+    }
+};
+
+}  // namespace
+}  // namespace convnest::CONVNEST_ISA
