@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from convnest_kernels import models, ops, reference
 from convnest_kernels._version import __version__
-from convnest_kernels.backends import BackendError, explain, use_backend
+from convnest_kernels.backends import BackendError, use_backend
+from convnest_kernels.explanation import explain
 from convnest_kernels.modules import NestedBlock
 
 __all__ = [

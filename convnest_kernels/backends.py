@@ -2,7 +2,7 @@
 
 Every backend is a package that answers `reasons_against(call) -> list[str]` (an empty list means
 that it can run the call) and holds one module per operator stem with `forward` and `backward`.
-The doctor and `explain` print the very lists that `select` uses.
+The doctor and `explain` (explanation.py) print the very lists that `select` uses.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -137,28 +137,9 @@ class Explanation:
 
 
 def explain_call(call: Call, backend: str | None = None) -> Explanation:
-    """Explain the choice for a `Call`, without tensors (see `explain`)."""
+    """Explain the choice for a `Call`, without tensors."""
     try:
         chosen: str | None = select(call, requested(backend))
     except BackendError:
         chosen = None
     return Explanation(call, chosen, {name: reasons_against(name, call) for name in BACKENDS})
-
-
-def explain(
-    operator: Callable[..., Any], *args: Any, backend: str | None = None, **kwargs: Any
-) -> Explanation:
-    """Say which backend `operator(*args, **kwargs)` would run on, and why not on the others.
-
-    `operator` is a function of `convnest_kernels.ops`; its arguments are checked, nothing is run.
-    Of `nested_block` it explains the wide half, `nested_conv`.
-
-    >>> print(explain(ops.nested_conv, h, conv_weight, conv_bias, ln_weight, ln_bias))
-    """
-    from convnest_kernels import ops
-
-    describe = ops.CALLS.get(operator)
-    if describe is None:
-        names = ", ".join(function.__name__ for function in ops.CALLS)
-        raise TypeError(f"operator must be a function of convnest_kernels.ops ({names})")
-    return explain_call(describe(*args, **kwargs), backend)

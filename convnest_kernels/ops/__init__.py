@@ -9,11 +9,6 @@ nested_block             the whole ConvNeSt block
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from typing import Any
-
-from convnest_kernels.backends import Call
 from convnest_kernels.ops.dwconv_gelu_layernorm import dwconv_gelu_layernorm
 from convnest_kernels.ops.gelu_layernorm import gelu_layernorm
 from convnest_kernels.ops.layernorm_residual import layernorm_residual
@@ -27,15 +22,3 @@ __all__ = [
     "nested_block",
     "nested_conv",
 ]
-
-# What checks a public function's arguments and describes the call to the backends.
-CALLS: dict[Callable[..., Any], Callable[..., Call]] = {
-    function: sys.modules[function.__module__].describe
-    for function in (
-        nested_conv,
-        dwconv_gelu_layernorm,
-        gelu_layernorm,
-        layernorm_residual,
-        nested_block,
-    )
-}

@@ -21,9 +21,10 @@ import torch
 
 from convnest_kernels.train.backend import Backend
 from convnest_kernels.train.config import Config
-from convnest_kernels.train.data import Data, steps_per_epoch
+from convnest_kernels.train.data import steps_per_epoch
 from convnest_kernels.train.display import Display
 from convnest_kernels.train.errors import TrainError
+from convnest_kernels.train.image_set import Data
 from convnest_kernels.train.loop import Progress
 
 MEASURED_STEPS = 60

@@ -8,66 +8,23 @@ from __future__ import annotations
 import hashlib
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from convnest_kernels.train import digits, folder
 from convnest_kernels.train.config import DIGITS, Config
 from convnest_kernels.train.errors import TrainError
-
-Batch = tuple[Tensor, Tensor]  # images [N, C, H, W] in [0, 1], labels [N]
-
-
-@dataclass(frozen=True)
-class BrokenImage:
-    """An image that could not be read; it travels as a value, since workers lose tracebacks."""
-
-    path: str
-    reason: str
-
-
-class ImageSet(Protocol):
-    """Images in memory or on disk, asked for by the batch."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, indices: list[int]) -> Batch | BrokenImage: ...
-
-
-@dataclass(frozen=True)
-class Data:
-    """A data set and what identifies it in a checkpoint."""
-
-    name: str
-    classes: list[str]
-    channels: int
-    train: ImageSet
-    val: ImageSet
-    digest: str  # of the training and validation images: their names and sizes
-
-    def describe(self) -> dict[str, object]:
-        """What a checkpoint keeps of the data to know it again."""
-        return {
-            "name": self.name,
-            "classes": self.classes,
-            "train": len(self.train),
-            "val": len(self.val),
-            "digest": self.digest,
-        }
+from convnest_kernels.train.image_set import Batch, BrokenImage, Data, ImageSet
 
 
 def open_data(config: Config) -> Data:
     """Open the data of a run; TrainError says what is wrong with a folder."""
     if config.data == DIGITS:
-        from convnest_kernels.train import digits
-
         return digits.load(config.image_size)
-    from convnest_kernels.train import folder
-
     return folder.load(config.data, config.image_size, config.seed)
 
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convnest_kernels.train.config import DIGITS
-from convnest_kernels.train.data import Batch, Data
 from convnest_kernels.train.errors import need
+from convnest_kernels.train.image_set import Batch, Data
 
 VAL_FRACTION = 0.2
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convnest_kernels.train.data import Batch, BrokenImage, Data
 from convnest_kernels.train.errors import TrainError, UsageError, need
+from convnest_kernels.train.image_set import Batch, BrokenImage, Data
 
 VAL_FRACTION = 0.2
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from convnest_kernels.models import ConvNeSt, parameter_groups
 from convnest_kernels.train.config import Config, build_model
-from convnest_kernels.train.data import Data, steps_per_epoch, train_batches, val_batches
+from convnest_kernels.train.data import steps_per_epoch, train_batches, val_batches
 from convnest_kernels.train.errors import TrainError
+from convnest_kernels.train.image_set import Data
 
 WARM_UP = 0.1  # of all steps
 LABEL_SMOOTHING = 0.1
