@@ -1,0 +1,90 @@
+// What one core of this machine can do, for bench/limits.py: it prints three rates, one a line.
+//
+// Multiply-adds from registers (float, and bfloat16 pairs where the instruction set has them), and
+// the library's own GELU over a buffer in the L1 cache. Each is the best of many short runs.
+#include <cstdio>
+#include <ctime>
+
+#include "common/pack.h"
+
+namespace convnest::CONVNEST_ISA {
+namespace {
+
+double now() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+
+template <class F>
+double best_seconds(F&& f) {
+    double best = 1;
+    for (int i = 0; i < 300; ++i) {
+        const double start = now();
+        f();
+        const double took = now() - start;
+        if (took < best) best = took;
+    }
+    return best;
+}
+
+constexpr int kSums = 12, kSteps = 20000, kElements = 2048, kPasses = 50;
+volatile float sink;
+
+double fma_rate() {
+    const double seconds = best_seconds([] {
+        Floats sum[kSums];
+        for (int s = 0; s < kSums; ++s) sum[s] = float(s) + Floats{};  // not one sum for all
+        Floats a = 1.0f + Floats{}, b = a;
+        asm volatile("" : "+v"(a), "+v"(b));
+        for (int i = 0; i < kSteps; ++i) {
+            unroll<kSums>([&](auto s) CONVNEST_INLINE_LAMBDA { sum[s] += a * b; });
+            asm volatile("" : "+v"(a));
+        }
+        for (const Floats& s : sum) sink = s[0];
+    });
+    return 2.0 * kSums * kSteps * kLanes<float> / seconds;
+}
+
+double bfloat16_rate() {
+#if defined(__AVX512BF16__)
+    const double seconds = best_seconds([] {
+        __m512 sum[kSums];
+        for (int s = 0; s < kSums; ++s) sum[s] = _mm512_set1_ps(s);
+        __m512i a = _mm512_set1_epi32(0x3f803f80), b = a;
+        asm volatile("" : "+v"(a), "+v"(b));
+        for (int i = 0; i < kSteps; ++i) {
+            unroll<kSums>([&](auto s) CONVNEST_INLINE_LAMBDA {
+                sum[s] = _mm512_dpbf16_ps(sum[s], (__m512bh)a, (__m512bh)b);
+            });
+            asm volatile("" : "+v"(a));
+        }
+        for (const __m512& s : sum) sink = s[0];
+    });
+    return 4.0 * kSums * kSteps * kLanes<float> / seconds;
+#else
+    return 0;
+#endif
+}
+
+double gelu_rate() {
+    static float values[kElements], results[kElements];
+    for (int i = 0; i < kElements; ++i) values[i] = 4.0f * i / kElements - 2;
+    const double seconds = best_seconds([] {
+        for (int pass = 0; pass < kPasses; ++pass) {
+            over_channels<float>(kElements, [](std::int64_t i, auto lanes) CONVNEST_INLINE_LAMBDA {
+                store_all(results + i, gelu_of(load_all(values + i, lanes)));
+            });
+            asm volatile("" ::: "memory");
+        }
+    });
+    return double(kElements) * kPasses / seconds;
+}
+
+}  // namespace
+}  // namespace convnest::CONVNEST_ISA
+
+int main() {
+    using namespace convnest::CONVNEST_ISA;
+    std::printf("%g\n%g\n%g\n", fma_rate(), bfloat16_rate(), gelu_rate());
+}
