@@ -9,6 +9,7 @@ layers and of the taps that lie inside the image, and two GELUs per wide element
 from __future__ import annotations
 
 import functools
+import shlex
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("limits.cpp")
 CPUINFO = Path("/proc/cpuinfo")
 CSRC = SOURCE.parent.parent / "csrc"
-FLAGS = "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
+FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,17 @@ def measure() -> Limits:
         width = 64 if "avx512dq" in flags else 32 if "avx2" in flags else 16
         defines = ["-DCONVNEST_ISA=native", f"-DCONVNEST_VECTOR_BYTES={width}"]
         subprocess.run(
-            ["g++", *FLAGS, *defines, f"-I{CSRC}", str(SOURCE), "-o", str(program)], check=True
+            [
+                "g++",
+                "-std=c++17",
+                *shlex.split(FLAGS),
+                *defines,
+                f"-I{CSRC}",
+                str(SOURCE),
+                "-o",
+                str(program),
+            ],
+            check=True,
         )
         done = subprocess.run([str(program)], check=True, capture_output=True, text=True)
     return Limits(*map(float, done.stdout.split()))
