@@ -70,7 +70,7 @@ def test_recompute_keeps_less_and_changes_nothing(
         total_saved.append(sum(saved.values()))
     assert_same(results[1], results[0], rtol=1e-12, atol=1e-12)
     assert_same(results[2], results[0], rtol=1e-12, atol=1e-12)
-    assert wide_saved[0] > 2
+    assert wide_saved[0] >= 2
     assert wide_saved[1:] == [1, 0]
     assert total_saved[0] > total_saved[1] > total_saved[2]
 

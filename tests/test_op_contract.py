@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from bench.cases import CONV_OPERATORS, OPERATORS, OPTIONS, Case, Inputs, make_inputs
-from convnest_kernels import BackendError, ops, use_backend
+from convnest_kernels import BackendError, use_backend
 from tests.conftest import BACKENDS
 
 # One instruction set stands for the CPU backend here: nothing below depends on which.
@@ -342,51 +342,3 @@ def test_flops_are_counted(operator: str) -> None:
     taps = 2 * 9 * y.numel() if operator in CONV_OPERATORS else 0
     assert forward == taps
     assert counter.get_total_flops() == 3 * taps
-
-
-@pytest.mark.parametrize("recompute", ["none", "conv", "all"])
-def test_nested_block_matches_its_formula(recompute: str) -> None:
-    from convnest_kernels import reference
-
-    args = block_arguments(torch.float64)
-    y = ops.nested_block(*args, recompute=recompute)
-    expected = reference.nested_block(*args)
-    torch.testing.assert_close(y, expected)
-    dy = torch.randn_like(y)
-    ours = torch.autograd.grad(y, args, dy)
-    torch.testing.assert_close(ours, torch.autograd.grad(expected, args, dy))
-
-
-@pytest.mark.parametrize("recompute", ["none", "conv", "all"])
-def test_nested_block_compiles(recompute: str) -> None:
-    torch.compiler.reset()
-    args = block_arguments(torch.float32)
-    function = torch.compile(ops.nested_block, fullgraph=True)
-    y = function(*args, recompute=recompute)
-    expected = ops.nested_block(*args)
-    torch.testing.assert_close(y, expected)
-    dy = torch.randn_like(y)
-    torch.testing.assert_close(
-        torch.autograd.grad(y, args, dy), torch.autograd.grad(expected, args, dy)
-    )
-
-
-@pytest.mark.parametrize(("recompute", "wide"), [("none", 3), ("conv", 1), ("all", 0)])
-def test_nested_block_keeps_as_few_wide_tensors_as_it_says(recompute: str, wide: int) -> None:
-    args = block_arguments(torch.float32)
-    size = args[0].numel() * 12 * 4
-    held: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        held[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        ops.nested_block(*args, recompute=recompute)
-    assert sum(bytes_held == size for bytes_held in held.values()) == wide
-
-
-def block_arguments(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    c, d = 4, 48
-    shapes = [(2, 6, 5, c), (d, c), (d,), (d,), (d,), (d, 1, 3, 3), (d,), (c, d)] + 4 * [(c,)]
-    return tuple(torch.randn(shape, dtype=dtype).div(2).requires_grad_() for shape in shapes)

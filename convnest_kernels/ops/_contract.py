@@ -172,7 +172,8 @@ def without_autocast(x: Tensor) -> AbstractContextManager[None]:
 
 
 @torch.compiler.assume_constant_result
-def _transform_is_active() -> bool:
+def transform_is_active() -> bool:
+    """Whether a torch.func transform or forward-mode AD is on."""
     # Dynamo runs this while it traces, inside the transform that it is tracing, and guards on the
     # transform stack by itself. `_current_level` is forward-mode AD's; -1 is outside of it.
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -186,7 +187,7 @@ def runs_eager(call: Call, requested: str) -> bool:
     """
     if requested == "eager":
         return True
-    if _transform_is_active():
+    if transform_is_active():
         if requested == "auto":
             return True
         raise BackendError(

@@ -1,17 +1,26 @@
-"""nested_block: the whole ConvNeSt block, x → y, composed of torch's linears and our operators."""
+"""nested_block: the whole ConvNeSt block, x → y.
+
+One fused operator on the CPU kernels; elsewhere torch's linear layers and our other operators.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils import flop_counter
 from torch.utils.checkpoint import checkpoint
 
-from convnest_kernels import backends
+from convnest_kernels import backends, cpu
 from convnest_kernels.backends import Call
 from convnest_kernels.ops import _contract
 from convnest_kernels.ops.layernorm_residual import layernorm_residual
 from convnest_kernels.ops.nested_conv import nested_conv
-from convnest_kernels.reference.common import linear
+from convnest_kernels.reference import nested_block as eager_nested_block
+from convnest_kernels.reference.common import linear, new_statistics
 
 RECOMPUTE = ("none", "conv", "all")
 
@@ -54,8 +63,10 @@ def nested_block(
         eps: added to the variances.
         shortcut: the inner shortcut.
         recompute: which wide tensors backward computes again in place of keeping them: "none"
-            keeps h, u and v; "conv" keeps h alone; "all" keeps none, only x.
-        backend: of the wide and of the outer operator, as everywhere.
+            keeps h and u (and v, where the block is not one operator); "conv" keeps h alone; "all"
+            keeps none, only x (and t, which is as narrow).
+        backend: as everywhere. "cpu", and "auto" on the CPU, run the block as one operator; on the
+            others torch's linear layers stand between a `nested_conv` and a `layernorm_residual`.
 
     Returns:
         y: [N, H, W, C], contiguous, in the dtype of x (of autocast, where that is on).
@@ -69,7 +80,38 @@ def nested_block(
         fc2_weight, fc2_bias, post_weight, post_bias, scale, eps, recompute,
     )  # fmt: skip
     backend = backends.requested(backend)
+    inputs = (
+        x, fc1_weight, fc1_bias, norm_weight, norm_bias, conv_weight, conv_bias,
+        fc2_weight, fc2_bias, post_weight, post_bias, scale,
+    )  # fmt: skip
+    if not _is_one_operator(x, conv_weight, backend):
+        return _compose(*inputs, eps, shortcut, recompute, backend)
+    x = _contract.autocast("x", x)
+    if _contract.wants_gradients(*inputs):
+        return _NestedBlock.apply(x, *inputs[1:], eps, shortcut, recompute)
+    return torch.ops.convnest.nested_block_forward(x, *inputs[1:], eps, shortcut, None)[0]
 
+
+def _is_one_operator(x: Tensor, conv_weight: Tensor, backend: str) -> bool:
+    """Whether the CPU kernels run the call; where a transform is active, the others do."""
+    if x.device.type != "cpu" or backend not in ("auto", "cpu"):
+        return False
+    if _contract.transform_is_active():
+        return False
+    return not cpu.reasons_against(_call(x, conv_weight))
+
+
+def _call(x: Tensor, conv_weight: Tensor) -> Call:
+    wide, _, kernel_size, _ = conv_weight.shape
+    return Call("nested_block", x.device.type, x.dtype, wide, kernel_size, tuple(x.shape))
+
+
+def _compose(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, conv_weight: Tensor, conv_bias: Tensor | None, fc2_weight: Tensor,
+    fc2_bias: Tensor | None, post_weight: Tensor | None, post_bias: Tensor | None,
+    scale: Tensor | None, eps: float, shortcut: bool, recompute: str, backend: str,
+) -> Tensor:  # fmt: skip
     def expand(x: Tensor) -> Tensor:
         return linear(x, fc1_weight, fc1_bias)
 
@@ -124,6 +166,8 @@ def _check(
     _contract.check_activation("x", x, "N, H, W, C")
     narrow = x.shape[-1]
     wide = _contract.check_matrix("fc1_weight", fc1_weight, "D", narrow, x)
+    if wide == 0:
+        raise ValueError(f"fc1_weight must have at least one row, got {list(fc1_weight.shape)}")
     _contract.check_matrix("fc2_weight", fc2_weight, narrow, wide, x)
     _contract.check_conv_weight("conv_weight", conv_weight, x, wide)
     for name, parameter in (
@@ -141,3 +185,107 @@ def _check(
     ):
         _contract.check_parameter(name, parameter, "[C]", x, narrow)
     _contract.check_eps(eps, x)
+
+
+class _NestedBlock(torch.autograd.Function):
+    """Keeps x, t, the statistics of both norms and, as `recompute` says, h and u."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *inputs, eps, shortcut, recompute = args
+        y, *kept = torch.ops.convnest.nested_block_forward(*inputs, eps, shortcut, recompute)
+        ctx.save_for_backward(*inputs, *kept)
+        ctx.options = eps, shortcut
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        inputs, kept = ctx.saved_tensors[:_INPUTS], ctx.saved_tensors[_INPUTS:]
+        eps, shortcut = ctx.options
+        needs = ctx.needs_input_grad[:_INPUTS]
+        if _contract.differentiates_twice():
+            grads = _contract.eager_gradients(
+                eager_nested_block, inputs, dy, needs, eps=eps, shortcut=shortcut
+            )
+        else:
+            x, *parameters = inputs
+            grads = torch.ops.convnest.nested_block_backward(
+                dy, x, *kept, *parameters, eps, shortcut, needs
+            )
+            grads = _contract.needed(grads, needs)
+        return *grads, None, None, None
+
+
+def _forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *parameters, eps, shortcut, _ = args
+    outputs = _outputs(x, *args)
+    if x.numel() > 0:
+        kernel = backends.implementation(_call(x, parameters[4]), "cpu")
+        kernel.forward(x.contiguous(), parameters, outputs, eps, shortcut)
+    return outputs
+
+
+def _outputs(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Uninitialised y, h, u, mean, rstd, t, post_mean and post_rstd; empty where not kept."""
+    fc1_weight, recompute = args[0], args[-1]
+    wide = (*x.shape[:-1], fc1_weight.shape[0])
+    keep = recompute is not None
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(wide if recompute in ("none", "conv") else 0),
+        x.new_empty(wide if recompute == "none" else 0),
+        *new_statistics(x, keep),
+        *_contract.kept(x, keep),
+    )
+
+
+def _backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    kept, parameters = args[:_KEPT], args[_KEPT : _KEPT + _INPUTS - 1]
+    eps, shortcut, needs = args[-3:]
+    inputs = (x, *parameters)
+    if x.numel() == 0:
+        return _contract.zero_gradients(inputs, needs)
+    kernel = backends.implementation(_call(x, parameters[4]), "cpu")
+    grads = kernel.backward(dy.contiguous(), x.contiguous(), kept, parameters, eps, shortcut, needs)
+    return _contract.match_all(grads, inputs, needs)
+
+
+_INPUTS, _KEPT = 12, 7
+
+_PARAMETERS = (
+    "Tensor fc1_weight, Tensor? fc1_bias, Tensor? norm_weight, Tensor? norm_bias, "
+    "Tensor conv_weight, Tensor? conv_bias, Tensor fc2_weight, Tensor? fc2_bias, "
+    "Tensor? post_weight, Tensor? post_bias, Tensor? scale, float eps, bool shortcut"
+)
+_contract.register(
+    # recompute: what a backward will compute again; None where there will be none.
+    f"nested_block_forward(Tensor x, {_PARAMETERS}, str? recompute) -> (Tensor y, Tensor h, "
+    "Tensor u, Tensor mean, Tensor rstd, Tensor t, Tensor post_mean, Tensor post_rstd)",
+    _forward,
+    _outputs,
+)
+_contract.register(
+    "nested_block_backward(Tensor dy, Tensor x, Tensor h, Tensor u, Tensor mean, Tensor rstd, "
+    f"Tensor t, Tensor post_mean, Tensor post_rstd, {_PARAMETERS}, bool[] needs) "
+    "-> (Tensor dx, Tensor dfc1_weight, Tensor dfc1_bias, Tensor dnorm_weight, "
+    "Tensor dnorm_bias, Tensor dconv_weight, Tensor dconv_bias, Tensor dfc2_weight, "
+    "Tensor dfc2_bias, Tensor dpost_weight, Tensor dpost_bias, Tensor dscale)",
+    _backward,
+    lambda dy, x, *args: _contract.fake_gradients(
+        (x, *args[_KEPT : _KEPT + _INPUTS - 1]), args[-1]
+    ),
+)
+
+
+def _flops(x_shape: Sequence[int], fc1_shape: Sequence[int], conv_shape: Sequence[int]) -> int:
+    """Two linear layers and the taps, as they would count one by one."""
+    return 2 * math.prod(x_shape[:-1]) * (2 * math.prod(fc1_shape) + math.prod(conv_shape))
+
+
+flop_counter.register_flop_formula(torch.ops.convnest.nested_block_forward)(
+    lambda x, fc1, b1, gamma, beta, conv, *_, **__: _flops(x, fc1, conv)
+)
+# What is recomputed counts nothing: the same work, whatever was kept.
+flop_counter.register_flop_formula(torch.ops.convnest.nested_block_backward)(
+    lambda dy, x, *args, **__: 2 * _flops(x, args[_KEPT], args[_KEPT + 4])
+)
