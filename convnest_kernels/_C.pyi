@@ -166,6 +166,46 @@ class _Cpu:
         C: int,
         dtype: int,
     ) -> None: ...
+    def nested_block_pack(
+        self,
+        fc1_weight: int,
+        conv_weight: int,
+        fc2_weight: int,
+        C: int,
+        D: int,
+        K: int,
+        dtype: int,
+        packed: int,
+    ) -> int: ...
+    def nested_block_forward(
+        self,
+        inputs: list[int],  # 13, in the order of NestedBlockFwdParams
+        outputs: list[int],  # 8
+        N: int,
+        H: int,
+        W: int,
+        C: int,
+        D: int,
+        K: int,
+        eps: float,
+        shortcut: bool,
+        dtype: int,
+    ) -> None: ...
+    def nested_block_backward(
+        self,
+        inputs: list[int],  # 18, in the order of NestedBlockBwdParams
+        outputs: list[int],  # 12
+        N: int,
+        H: int,
+        W: int,
+        C: int,
+        D: int,
+        K: int,
+        eps: float,
+        shortcut: bool,
+        dtype: int,
+    ) -> None: ...
+    def sample(self, addresses: list[int], bytes: list[int]) -> int: ...
     def isas(self) -> list[str]: ...
     def isa(self) -> str: ...
     def set_isa(self, name: str) -> None: ...

@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -42,6 +43,22 @@ int kernel_size(int K) {
 }
 
 bool empty(Size N, Size H, Size W, Size C) { return N <= 0 || H <= 0 || W <= 0 || C <= 0; }
+
+// Of 64 words of each stretch, spread evenly.
+std::uint64_t sample(const std::array<Address, 3>& addresses, const std::array<Size, 3>& bytes) {
+    constexpr Size kWords = 64;
+    std::uint64_t hash = 1469598103934665603u;
+    for (std::size_t i = 0; i < addresses.size(); ++i) {
+        const char* memory = static_cast<const char*>(at(addresses[i]));
+        const Size words = bytes[i] / 4, taken = words < kWords ? words : kWords;
+        for (Size k = 0; k < taken; ++k) {
+            std::uint32_t word;
+            std::memcpy(&word, memory + words * k / taken * 4, sizeof word);
+            hash = (hash ^ word) * 1099511628211u;
+        }
+    }
+    return hash;
+}
 
 void bind_conv_stems(py::module_& cpu) {
     const auto nogil = py::call_guard<py::gil_scoped_release>();
@@ -232,42 +249,44 @@ void bind_row_stems(py::module_& cpu) {
 void bind_nested_block(py::module_& cpu) {
     cpu.def(
         "nested_block_forward",
-        [](const std::array<Address, 12>& in, const std::array<Address, 8>& out, Size N, Size H,
+        [](const std::array<Address, 13>& in, const std::array<Address, 8>& out, Size N, Size H,
            Size W, Size C, Size D, int K, double eps, bool shortcut, int dtype) {
-            const NestedBlockFwdParams params{at(in[0]),
-                                              at(in[1]),
-                                              at(in[2]),
-                                              at(in[3]),
-                                              at(in[4]),
-                                              at(in[5]),
-                                              at(in[6]),
-                                              at(in[7]),
-                                              at(in[8]),
-                                              at(in[9]),
-                                              at(in[10]),
-                                              at(in[11]),
-                                              at(out[0]),
-                                              at(out[1]),
-                                              at(out[2]),
-                                              at(out[3]),
-                                              at(out[4]),
-                                              at(out[5]),
-                                              at(out[6]),
-                                              at(out[7]),
-                                              N,
-                                              H,
-                                              W,
-                                              C,
-                                              D,
-                                              kernel_size(K),
-                                              eps,
-                                              shortcut,
-                                              dtype_of(dtype)};
+            const NestedBlockFwdParams params{
+                at(in[0]),  at(in[1]),  at(in[2]),      at(in[3]),  at(in[4]),  at(in[5]),
+                at(in[6]),  at(in[7]),  at(in[8]),      at(in[9]),  at(in[10]), at(in[11]),
+                at(in[12]), at(out[0]), at(out[1]),     at(out[2]), at(out[3]), at(out[4]),
+                at(out[5]), at(out[6]), at(out[7]),     N,          H,          W,
+                C,          D,          kernel_size(K), eps,        shortcut,   dtype_of(dtype)};
             if (!empty(N, H, W, C)) kernels().nested_block_forward(params);
         },
         py::arg("inputs"), py::arg("outputs"), py::arg("N"), py::arg("H"), py::arg("W"),
         py::arg("C"), py::arg("D"), py::arg("K"), py::arg("eps"), py::arg("shortcut"),
         py::arg("dtype"), py::call_guard<py::gil_scoped_release>());
+}
+
+void bind_nested_block_packing(py::module_& cpu) {
+    cpu.def(
+        "nested_block_pack",
+        [](Address fc1_weight, Address conv_weight, Address fc2_weight, Size C, Size D, int K,
+           int dtype, Address packed) {
+            NestedBlockFwdParams params{};
+            params.fc1_weight = at(fc1_weight);
+            params.conv_weight = at(conv_weight);
+            params.fc2_weight = at(fc2_weight);
+            params.H = params.W = 1;
+            params.C = C;
+            params.D = D;
+            params.K = kernel_size(K);
+            params.dtype = dtype_of(dtype);
+            return kernels().nested_block_pack(params, at(packed));
+        },
+        py::arg("fc1_weight"), py::arg("conv_weight"), py::arg("fc2_weight"), py::arg("C"),
+        py::arg("D"), py::arg("K"), py::arg("dtype"), py::arg("packed"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Pack the weights for nested_block_forward into 64-byte aligned memory; returns the bytes "
+        "of it, which is all that it does with packed=0.");
+    cpu.def("sample", sample, py::arg("addresses"), py::arg("bytes"),
+            "A hash of some of the words of these stretches of memory.");
 }
 
 void bind_nested_block_backward(py::module_& cpu) {
@@ -347,6 +366,7 @@ PYBIND11_MODULE(_C, m) {
     convnest::bind_conv_stems(cpu);
     convnest::bind_row_stems(cpu);
     convnest::bind_nested_block(cpu);
+    convnest::bind_nested_block_packing(cpu);
     convnest::bind_nested_block_backward(cpu);
     convnest::bind_control(cpu);
 }

@@ -13,6 +13,7 @@
     void gelu_layernorm_backward(const GeluLayernormBwdParams&);              \
     void layernorm_residual_forward(const LayernormResidualFwdParams&);       \
     void layernorm_residual_backward(const LayernormResidualBwdParams&);      \
+    std::int64_t nested_block_pack(const NestedBlockFwdParams&, void*);       \
     void nested_block_forward(const NestedBlockFwdParams&);                   \
     void nested_block_backward(const NestedBlockBwdParams&);                  \
     constexpr Kernels kKernels{#isa,                                          \
@@ -24,6 +25,7 @@
                                gelu_layernorm_backward,                       \
                                layernorm_residual_forward,                    \
                                layernorm_residual_backward,                   \
+                               nested_block_pack,                             \
                                nested_block_forward,                          \
                                nested_block_backward};                        \
     }

@@ -23,6 +23,9 @@ struct Kernels {
     void (*gelu_layernorm_backward)(const GeluLayernormBwdParams&);
     void (*layernorm_residual_forward)(const LayernormResidualFwdParams&);
     void (*layernorm_residual_backward)(const LayernormResidualBwdParams&);
+    // Packs the weights (C, D, K and dtype tell their sizes) into 64-byte aligned memory for
+    // `packed` of a forward call on the same instruction set; returns the bytes of it. Null: count.
+    std::int64_t (*nested_block_pack)(const NestedBlockFwdParams&, void* packed);
     void (*nested_block_forward)(const NestedBlockFwdParams&);
     void (*nested_block_backward)(const NestedBlockBwdParams&);
 };

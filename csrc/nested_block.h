@@ -27,6 +27,7 @@ struct NestedBlockFwdParams {
     const void* post_weight;  // [C], null: ones
     const void* post_bias;    // [C], null: zeros
     const void* scale;        // [C], null: ones
+    const void* packed;       // the three weights as nested_block_pack leaves them; null: not yet
     void* y;                  // [N, H, W, C], null: not needed
     void* h;                  // [N, H, W, D], null: not kept
     void* u;                  // [N, H, W, D], null: not kept

@@ -94,7 +94,7 @@ struct Backward {
         scale = carver.take<A>(narrow);
     }
 
-    void copy_parameters() const {
+    void copy_parameters() {
         wide.copy_parameters(p.conv_weight, p.norm_weight, p.norm_bias);
         if (p.u == nullptr) again.copy_parameters();
         copy_parameter(nullptr, A(0), p.D, no_bias);

@@ -41,7 +41,28 @@ void forward(const NestedBlockFwdParams& p) {
     run_units({p.N * f.bands, scratch.used(), f.prepare, f.run_unit, &f});
 }
 
+// The weights of `p` in `memory`; returns their bytes. With null memory it only counts.
+template <class T>
+std::int64_t pack(const NestedBlockFwdParams& p, char* memory) {
+    auto rows = NestedBlockRows<T>::plan(p);
+    Carver carver(memory);
+    rows.take_weights(carver);
+    if (memory != nullptr) rows.pack_weights();
+    return static_cast<std::int64_t>(carver.used());
+}
+
 }  // namespace
+
+std::int64_t nested_block_pack(const NestedBlockFwdParams& p, void* packed) {
+    char* memory = static_cast<char*>(packed);
+    switch (p.dtype) {
+        case DType::kFloat32: return pack<float>(p, memory);
+        case DType::kFloat64: return pack<double>(p, memory);
+        case DType::kBFloat16: return pack<BFloat16>(p, memory);
+        case DType::kFloat16: return pack<Float16>(p, memory);
+    }
+    return 0;
+}
 
 void nested_block_forward(const NestedBlockFwdParams& p) {
     switch (p.dtype) {

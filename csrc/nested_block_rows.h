@@ -59,25 +59,40 @@ struct NestedBlockRows {
     // Whether a row of x is an operand as it is; pairs want an even number of channels.
     bool reads_x() const { return std::is_same<T, E>::value && p.C % Operand<E>::kStep == 0; }
 
-    void take_parameters(Carver& carver) {
-        wide.take_parameters(carver);
+    // The three weights, packed: memory of the caller's, or of this call.
+    void take_weights(Carver& carver) {
+        wide.take_weights(carver);
         fc1_weight = carver.take<Packed>(packed_elements<E>(p.C, p.D));
         fc2_weight = carver.take<Packed>(packed_elements<E>(p.D, p.C));
+    }
+    void pack_weights() const {
+        wide.pack_weights(p.conv_weight);
+        pack_linear(
+            PackLinear<E>{static_cast<const A*>(p.fc1_weight), p.C, 1, fc1_weight, p.C, p.D});
+        pack_linear(
+            PackLinear<E>{static_cast<const A*>(p.fc2_weight), p.D, 1, fc2_weight, p.D, p.C});
+    }
+
+    void take_parameters(Carver& carver) {
+        if (p.packed == nullptr) take_weights(carver);
+        wide.take_vectors(carver);
         fc1_bias = carver.take<A>(wide.step.channels);
         for (A** at : {&fc2_bias, &post_weight, &post_bias, &scale}) *at = carver.take<A>(narrow);
     }
 
-    void copy_parameters() const {
-        wide.copy_parameters({p.conv_weight, p.conv_bias, p.norm_weight, p.norm_bias});
+    void copy_parameters() {
+        if (p.packed == nullptr) {
+            pack_weights();
+        } else {
+            Carver packed(static_cast<char*>(const_cast<void*>(p.packed)));
+            take_weights(packed);
+        }
+        wide.copy_vectors({p.conv_bias, p.norm_weight, p.norm_bias});
         copy_parameter(p.fc1_bias, A(0), p.D, fc1_bias);
         copy_parameter(p.fc2_bias, A(0), p.C, fc2_bias);
         copy_parameter(p.post_weight, A(1), p.C, post_weight);
         copy_parameter(p.post_bias, A(0), p.C, post_bias);
         copy_parameter(p.scale, A(1), p.C, scale);
-        pack_linear(
-            PackLinear<E>{static_cast<const A*>(p.fc1_weight), p.C, 1, fc1_weight, p.C, p.D});
-        pack_linear(
-            PackLinear<E>{static_cast<const A*>(p.fc2_weight), p.D, 1, fc2_weight, p.D, p.C});
     }
 
     Scratch take_scratch(Carver& carver) const {

@@ -72,12 +72,15 @@ void forward(const NestedConvFwdParams& p) {
     Forward<T> f{p, NestedConvRows<T>::plan(step, p.C, p.eps, p.shortcut),
                  forward_bands(p.N, p.H, p.K, num_threads())};
     Carver parameters(nullptr), scratch(nullptr);
-    f.rows.take_parameters(parameters);
+    f.rows.take_weights(parameters);
+    f.rows.take_vectors(parameters);
     f.rows.take_scratch(scratch);
     const CallScratch memory(parameters.used());
     Carver carver(memory.data());
-    f.rows.take_parameters(carver);
-    f.rows.copy_parameters({p.conv_weight, p.conv_bias, p.ln_weight, p.ln_bias});
+    f.rows.take_weights(carver);
+    f.rows.take_vectors(carver);
+    f.rows.pack_weights(p.conv_weight);
+    f.rows.copy_vectors({p.conv_bias, p.ln_weight, p.ln_bias});
     run_units({p.N * f.bands, scratch.used(), f.prepare, f.run_unit, &f});
 }
 

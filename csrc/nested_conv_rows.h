@@ -17,8 +17,8 @@
 namespace convnest::CONVNEST_ISA {
 namespace {
 
-struct NestedConvParameters {
-    const void *conv_weight, *conv_bias, *ln_weight, *ln_bias;
+struct NestedConvVectors {
+    const void *conv_bias, *ln_weight, *ln_bias;
 };
 
 template <class T>
@@ -49,18 +49,19 @@ struct NestedConvRows {
     }
 
     // Parameters, shared by all workers.
-    void take_parameters(Carver& carver) {
-        weight = carver.take<A>(step.channels * step.K * step.K);
+    void take_weights(Carver& carver) { weight = carver.take<A>(step.channels * step.K * step.K); }
+    void pack_weights(const void* conv_weight) const {
+        WeightCopy<A>{static_cast<const A*>(conv_weight), weight, C, step.K * step.K, false}.run();
+    }
+    void take_vectors(Carver& carver) {
         conv_bias = carver.take<A>(step.channels);
         ln_weight = carver.take<A>(step.channels);
         ln_bias = carver.take<A>(step.channels);
     }
-    void copy_parameters(const NestedConvParameters& p) const {
+    void copy_vectors(const NestedConvVectors& p) const {
         copy_parameter(p.conv_bias, A(0), C, conv_bias);
         copy_parameter(p.ln_weight, A(1), C, ln_weight);
         copy_parameter(p.ln_bias, A(0), C, ln_bias);
-        const A* given = static_cast<const A*>(p.conv_weight);
-        WeightCopy<A>{given, weight, C, step.K * step.K, false}.run();
     }
 
     Scratch take_scratch(Carver& carver) const {

@@ -14,8 +14,11 @@ from convnest_kernels.cpu._host import (
     new_output,
     parameter,
 )
+from convnest_kernels.cpu._packed import packed_weights
 
-# Of the parameters, in the operator's order, those that backward does not read.
+# Of the parameters, in the operator's order: the weights that are packed, and what backward does
+# not read.
+_WEIGHTS = (0, 4, 6)
 _FC2_BIAS, _POST_BIAS = 7, 9
 
 
@@ -25,11 +28,18 @@ def forward(
     outputs: Sequence[Tensor],
     eps: float,
     shortcut: bool,
+    keep: bool,
 ) -> None:
     """Fill y, h, u, mean, rstd, t, post_mean and post_rstd, those that are not empty."""
-    held = [parameter(p, x) for p in parameters]
+    # In training the weights change from call to call.
+    weights = [p for i, p in enumerate(parameters) if i in _WEIGHTS and p is not None]
+    packed = None if keep else packed_weights(weights, x)
+    held = [
+        None if packed is not None and i in _WEIGHTS else parameter(p, x)
+        for i, p in enumerate(parameters)
+    ]
     _C.cpu.nested_block_forward(
-        [address(x), *map(address, held)],
+        [address(x), *map(address, held), address(packed)],
         list(map(address, outputs)),
         *_sizes(x, parameters),
         eps,

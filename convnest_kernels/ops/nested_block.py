@@ -217,11 +217,13 @@ class _NestedBlock(torch.autograd.Function):
 
 
 def _forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *parameters, eps, shortcut, _ = args
+    *parameters, eps, shortcut, recompute = args
     outputs = _outputs(x, *args)
     if x.numel() > 0:
         kernel = backends.implementation(_call(x, parameters[4]), "cpu")
-        kernel.forward(x.contiguous(), parameters, outputs, eps, shortcut)
+        kernel.forward(
+            x.contiguous(), parameters, outputs, eps, shortcut, keep=recompute is not None
+        )
     return outputs
 
 

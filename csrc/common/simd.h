@@ -148,17 +148,24 @@ CONVNEST_INLINE void store_to(T* p, Floats v) {
     __builtin_memcpy(p, &bits, sizeof bits);
 }
 
-// The sum over all lanes, in a fixed order.
+// The sum over all lanes, in a fixed order: halves are added until one lane is left.
+template <class V>
+CONVNEST_INLINE auto sum_halves(V v) {
+    constexpr int kLeft = sizeof(V) / sizeof(v[0]);
+    if constexpr (kLeft == 2) {
+        return v[0] + v[1];
+    } else {
+        typedef decltype(+v[0]) Scalar;
+        typedef Scalar Half __attribute__((vector_size(sizeof(V) / 2)));
+        Half low, high;
+        __builtin_memcpy(&low, &v, sizeof low);
+        __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+        return sum_halves(low + high);
+    }
+}
 template <class A>
 CONVNEST_INLINE A lane_sum(Vec<A> v) {
-    constexpr int kHalvings = kLanes<A> == 16 ? 4 : kLanes<A> == 8 ? 3 : kLanes<A> == 4 ? 2 : 1;
-    A lanes[kLanes<A>];
-    store(lanes, v);
-    unroll<kHalvings>([&](auto step) CONVNEST_INLINE_LAMBDA {
-        constexpr int width = kLanes<A> >> (decltype(step)::value + 1);
-        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-    });
-    return lanes[0];
+    return sum_halves(v);
 }
 
 CONVNEST_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
