@@ -15,9 +15,26 @@
 namespace convnest::CONVNEST_ISA {
 namespace {
 
-template <class E, int N>
-CONVNEST_INLINE void store_operand(E* p, const Pack<Accumulate<E>, N>& pack) {
-    store_as(p, pack, AllLanes<N>{});
+// As the operand of a linear layer, rounded to it; products treat subnormal numbers as 0.
+template <class A, int N>
+CONVNEST_INLINE void store_operand(A* p, const Pack<A, N>& pack) {
+    store_all(p, pack);
+}
+template <int N>
+CONVNEST_INLINE void store_operand(BFloat16* p, const Pack<float, N>& pack) {
+    unroll<N>([&](auto i) CONVNEST_INLINE_LAMBDA {
+        const Halves bits = narrow_normal(pack.v[i], BFloat16{});
+        __builtin_memcpy(p + i * kLanes<float>, &bits, sizeof bits);
+    });
+}
+// The same of a value that T stores, T being what is not an operand by itself.
+template <class T, class E, int N>
+CONVNEST_INLINE void store_rounded(E* p, const Pack<Accumulate<E>, N>& pack) {
+    if constexpr (std::is_same<T, E>::value) {
+        store_operand(p, pack);
+    } else {
+        store_operand(p, rounded_to<T>(pack));
+    }
 }
 
 template <class T>
@@ -180,11 +197,10 @@ struct NestedBlockRows {
         for (std::int64_t r = 0; r < count; ++r) {
             T* u_row = kept.u == nullptr ? nullptr : kept.u + (first + r * p.W - kept.origin) * p.D;
             E* v_row = v + r * p.W * stride;
-            wide.leave_row(s.wide, y + r, r, u_row,
-                           [&](std::int64_t i, std::int64_t c, const auto& value, auto)
-                               CONVNEST_INLINE_LAMBDA {
-                                   store_operand(v_row + i * stride + c, rounded_to<T>(value));
-                               });
+            wide.leave_row(
+                s.wide, y + r, r, u_row,
+                [&](std::int64_t i, std::int64_t c, const auto& value, auto)
+                    CONVNEST_INLINE_LAMBDA { store_rounded<T>(v_row + i * stride + c, value); });
         }
         if (p.y == nullptr && p.t == nullptr) return;
         linear_rows(

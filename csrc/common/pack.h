@@ -79,14 +79,15 @@ CONVNEST_INLINE void store_as(T* p, const Pack<Accumulate<T>, 1>& pack, FirstLan
     for (int i = 0; i < lanes.count; ++i) p[i] = padded[i];
 }
 
-// What storing as T and loading again would give.
+// What storing as T and loading again would give, but for subnormal numbers, which may become 0.
 template <class T, int N>
 CONVNEST_INLINE Pack<Accumulate<T>, N> rounded_to(const Pack<Accumulate<T>, N>& pack) {
     if constexpr (sizeof(T) != 2) {
         return pack;
     } else {
-        return make_pack<float, N>(
-            [&](auto i) CONVNEST_INLINE_LAMBDA { return widen(narrow(pack.v[i], T{}), T{}); });
+        return make_pack<float, N>([&](auto i) CONVNEST_INLINE_LAMBDA {
+            return widen(narrow_normal(pack.v[i], T{}), T{});
+        });
     }
 }
 
