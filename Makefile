@@ -42,7 +42,7 @@ clean:
 	rm -rf build dist *.egg-info convnest_kernels/*.so
 
 # Rebuilt when the native sources or the build change.
-NATIVE := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*/*)
+NATIVE := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(wildcard csrc/*) $(wildcard csrc/*/*)
 
 $(VENV)/.ready: $(NATIVE)
 	$(PYTHON) -m venv $(VENV)

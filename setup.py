@@ -2,6 +2,7 @@
 
 Environment:
     CONVNEST_CUDA=auto|0|1         build the CUDA kernels (auto: when it is possible)
+    CONVNEST_CUDA_ARCHS="80 90"    compile them for these compute capabilities
     CONVNEST_SKIP_EXTENSION=1      install without the native module: pure Python, on purpose
     CONVNEST_BUILD_DIR=FOLDER      where to compile (build/cmake-<interpreter> otherwise)
     CONVNEST_BUILD_JOBS=N          compiler processes at once (ninja's own choice otherwise)
@@ -75,6 +76,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11_cmake_dir()}",
             f"-DCONVNEST_CUDA={os.environ.get('CONVNEST_CUDA', 'auto')}",
+            f"-DCONVNEST_CUDA_ARCHS={os.environ.get('CONVNEST_CUDA_ARCHS', '')}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build / 'module'}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]

@@ -214,3 +214,95 @@ class _Cpu:
     def use_thread_pool(self, parallel_for_address: int, get_num_threads_address: int) -> None: ...
 
 cpu: _Cpu
+
+class _Cuda:
+    """Only in a build with CUDA kernels. `stream` is a cudaStream_t as an integer."""
+
+    float32: int
+    bfloat16: int
+    float16: int
+    def runtime_version(self) -> int: ...
+    def driver_version(self) -> int: ...
+    def nested_conv_forward(
+        self,
+        h: int,
+        conv_weight: int,
+        conv_bias: int,
+        ln_weight: int,
+        ln_bias: int,
+        v: int,
+        u: int,
+        mean: int,
+        rstd: int,
+        N: int,
+        H: int,
+        W: int,
+        C: int,
+        K: int,
+        eps: float,
+        shortcut: bool,
+        dtype: int,
+        stream: int,
+    ) -> None: ...
+    def nested_conv_backward_workspace(self, N: int, H: int, W: int, C: int, K: int) -> int: ...
+    def nested_conv_backward(
+        self,
+        dv: int,
+        h: int,
+        u: int,
+        mean: int,
+        rstd: int,
+        conv_weight: int,
+        ln_weight: int,
+        ln_bias: int,
+        dh: int,
+        dconv_weight: int,
+        dconv_bias: int,
+        dln_weight: int,
+        dln_bias: int,
+        workspace: int,
+        N: int,
+        H: int,
+        W: int,
+        C: int,
+        K: int,
+        shortcut: bool,
+        dtype: int,
+        stream: int,
+    ) -> None: ...
+    def gelu_layernorm_forward(
+        self,
+        x: int,
+        ln_weight: int,
+        ln_bias: int,
+        y: int,
+        mean: int,
+        rstd: int,
+        rows: int,
+        C: int,
+        eps: float,
+        norm_first: bool,
+        dtype: int,
+        stream: int,
+    ) -> None: ...
+    def gelu_layernorm_backward_workspace(self, rows: int, C: int) -> int: ...
+    def gelu_layernorm_backward(
+        self,
+        dy: int,
+        x: int,
+        mean: int,
+        rstd: int,
+        ln_weight: int,
+        ln_bias: int,
+        dx: int,
+        dln_weight: int,
+        dln_bias: int,
+        workspace: int,
+        rows: int,
+        C: int,
+        norm_first: bool,
+        dtype: int,
+        stream: int,
+    ) -> None: ...
+
+cuda: _Cuda

@@ -2,6 +2,7 @@
 
 Every backend is a package that answers `reasons_against(call) -> list[str]` (an empty list means
 that it can run the call) and holds one module per operator stem with `forward` and `backward`.
+One that "auto" should pass over at times has `reasons_against_auto(call)` too.
 The doctor and `explain` (explanation.py) print the very lists that `select` uses.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -86,6 +87,13 @@ def reasons_against(name: str, call: Call) -> list[str]:
     return _package(name).reasons_against(call)
 
 
+def reasons_against_auto(name: str, call: Call) -> list[str]:
+    """Why "auto" passes over a backend that can run `call`; an empty list for most."""
+    reasons: Callable[[Call], list[str]] | None
+    reasons = getattr(_package(name), "reasons_against_auto", None)
+    return reasons(call) if reasons is not None else []
+
+
 @functools.lru_cache(maxsize=4096)
 def select(call: Call, requested: str) -> str:
     """Return the backend that runs `call`; a backend asked for by name never falls back.
@@ -95,9 +103,8 @@ def select(call: Call, requested: str) -> str:
     refused = {}
     for name in BACKENDS if requested == "auto" else (requested,):
         reasons = reasons_against(name, call)
-        if requested == "auto" and name == "triton" and call.device == "cpu":
-            # That would be its interpreter, a tool for tests.
-            reasons = reasons or ["on CPU tensors it runs by name alone"]
+        if requested == "auto":
+            reasons = reasons or reasons_against_auto(name, call)
         if not reasons:
             return name
         refused[name] = reasons
@@ -128,11 +135,13 @@ class Explanation:
     call: Call
     backend: str | None
     reasons: dict[str, list[str]]
+    auto: dict[str, list[str]]  # of those that can run it: why "auto" passes them over
 
     def __str__(self) -> str:
         lines = [f"{_describe(self.call)}: {self.backend or 'no backend can run it'}"]
         for name, reasons in self.reasons.items():
-            lines.append(f"  {name:7} {'; '.join(reasons) or 'can run it'}")
+            passed_over = "".join(f"; auto: {reason}" for reason in self.auto[name])
+            lines.append(f"  {name:7} {'; '.join(reasons) or 'can run it' + passed_over}")
         return "\n".join(lines)
 
 
@@ -142,4 +151,6 @@ def explain_call(call: Call, backend: str | None = None) -> Explanation:
         chosen: str | None = select(call, requested(backend))
     except BackendError:
         chosen = None
-    return Explanation(call, chosen, {name: reasons_against(name, call) for name in BACKENDS})
+    reasons = {name: reasons_against(name, call) for name in BACKENDS}
+    auto = {name: [] if reasons[name] else reasons_against_auto(name, call) for name in BACKENDS}
+    return Explanation(call, chosen, reasons, auto)

@@ -11,6 +11,9 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(CONVNEST_HAS_CUDA)
+#include "bindings_cuda.h"
+#endif
 #include "common/parallel.h"
 #include "dispatch.h"
 
@@ -369,4 +372,8 @@ PYBIND11_MODULE(_C, m) {
     convnest::bind_nested_block_packing(cpu);
     convnest::bind_nested_block_backward(cpu);
     convnest::bind_control(cpu);
+#if defined(CONVNEST_HAS_CUDA)
+    py::module_ cuda = m.def_submodule("cuda", "Kernels on CUDA devices.");
+    convnest::cuda::bind(cuda);
+#endif
 }

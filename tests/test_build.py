@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from convnest_kernels import _extension
 
@@ -65,27 +66,80 @@ def test_build_info():
     assert re.match(r"\w+ \d+\.", info["compiler"])
     assert info["isas"][0] == "portable"
     assert (info["cuda"] == "") == (info["cuda_archs"] == [])
-    assert info["cuda"] or info["cuda_reason"]
+    assert (info["cuda"] == "") == (info["cuda_reason"] != "")
+    assert hasattr(_extension.module, "cuda") == (info["cuda"] != "")
 
 
-@pytest.mark.skipif(not shutil.which("cmake"), reason="needs cmake")
+@pytest.mark.skipif(not hasattr(_extension.module, "cuda"), reason="built without CUDA kernels")
+class TestCudaKernels:
+    def test_the_module_needs_no_driver(self):
+        """Static runtime: nothing of CUDA is loaded before a kernel is."""
+        core = _extension.module
+        assert core.cuda.runtime_version() >= 12000
+        _, libraries = run("ldd", core.__file__)
+        assert "libstdc++" in libraries
+        assert not re.search(r"libcuda|nvidia", libraries)
+
+    @pytest.mark.skipif(not shutil.which("nm"), reason="needs nm")
+    def test_the_runtime_stays_inside(self):
+        """Another version of the runtime, torch's, may live in the same process."""
+        _, symbols = run("nm", "--dynamic", "--defined-only", _extension.module.__file__)
+        names = [line.split()[-1] for line in symbols.splitlines()]
+        assert "PyInit__C" in names
+        assert [name for name in names if "cuda" in name.lower()] == []
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_an_error_of_cuda_names_the_kernel_and_its_launch(self):
+        """Here: that there is no driver. The kernel's arguments are never looked at."""
+        arguments = (16, 0, 0, 16, 0, 0, 4, 8, 1e-6, False, _extension.module.cuda.bfloat16, 0)
+        launch = r"gelu_layernorm_fwd: launch failed with grid \(1, 1, 1\), block \(256, 1, 1\)"
+        with pytest.raises(RuntimeError, match=launch):
+            _extension.module.cuda.gelu_layernorm_forward(*arguments)
+
+
+needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+# As if the search had found none.
+NO_NVCC = "-DCONVNEST_NVCC="
+
+
+@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("ninja")), reason="needs cmake")
 class TestCudaSwitch:
-    def configure(self, folder, value, **environment):
+    def configure(self, folder, value, *options):
         pytest.importorskip("pybind11")
-        command = ["cmake", "-S", str(ROOT), "-B", str(folder), f"-DCONVNEST_CUDA={value}"]
-        return run(*command, f"-DPython_EXECUTABLE={sys.executable}", **environment)
+        command = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder)]
+        options = [f"-DCONVNEST_CUDA={value}", f"-DPython_EXECUTABLE={sys.executable}", *options]
+        return run(*command, *options)
 
     def test_one_is_refused_with_the_reason(self, tmp_path):
-        code, output = self.configure(tmp_path, "1")
+        code, output = self.configure(tmp_path, "1", NO_NVCC)
         assert code != 0
         output = " ".join(output.split())
-        assert "CONVNEST_CUDA=1, but CUDA kernels cannot be built: " in output
-        assert "nvcc was not found" in output or "no CUDA kernels yet" in output
+        assert "CONVNEST_CUDA=1, but CUDA kernels cannot be built: nvcc was not found" in output
 
     def test_auto_says_why_it_is_off(self, tmp_path):
-        code, output = self.configure(tmp_path, "auto")
+        code, output = self.configure(tmp_path, "auto", NO_NVCC)
         assert code == 0, output
-        assert re.search(r"CUDA kernels: off \(.+\)", output)
+        assert re.search(r"CUDA kernels: off \(nvcc was not found .+\)", output)
+
+    def test_zero_switches_it_off(self, tmp_path):
+        code, output = self.configure(tmp_path, "0")
+        assert code == 0, output
+        assert "CUDA kernels: off (switched off by CONVNEST_CUDA=0)" in output
+
+    @needs_nvcc
+    def test_architectures(self, tmp_path):
+        code, output = self.configure(tmp_path, "1", "-DCONVNEST_CUDA_ARCHS=90, 80;90")
+        assert code == 0, output
+        assert re.search(r"CUDA kernels: CUDA [\d.]+ for 80 90$", output, re.MULTILINE)
+        rules = (tmp_path / "build.ninja").read_text()
+        for arch in ("arch=compute_80,code=[sm_80]", "code=[sm_90]", "code=[compute_90]"):
+            assert f"{arch}" in rules
+
+    @pytest.mark.parametrize("archs", ["75", "90x", "native"])
+    def test_wrong_architectures(self, tmp_path, archs):
+        code, output = self.configure(tmp_path, "auto", f"-DCONVNEST_CUDA_ARCHS={archs}")
+        assert code != 0
+        assert f"such as 80;90, got '{archs}'" in " ".join(output.split())
 
     def test_other_values(self, tmp_path):
         code, output = self.configure(tmp_path, "yes")

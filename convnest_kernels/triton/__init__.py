@@ -69,3 +69,8 @@ def reasons_against(call: Call) -> list[str]:
     if call.channels > MAX_CHANNELS:
         reasons.append(f"it holds rows of up to {MAX_CHANNELS} channels, got {call.channels}")
     return reasons
+
+
+def reasons_against_auto(call: Call) -> list[str]:
+    """In its interpreter it is a tool for tests."""
+    return ["in its interpreter it runs by name alone"] if call.device == "cpu" else []

@@ -1,6 +1,8 @@
 """The CUDA kernels on the host: builds them against the emulation (cuda_model.h) and runs them.
 
 `run` launches one entry of library.cpp on CPU tensors; what the emulation finds wrong is a `Fault`.
+`backend` puts the kernels behind `backend="cuda"` for a while, through the bindings of the real
+build (csrc/bindings_cuda.cpp); there it is a RuntimeError, as CUDA's own errors are.
 """
 
 from __future__ import annotations
@@ -9,13 +11,21 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import importlib.machinery
+import importlib.util
 import os
 import shutil
 import subprocess
+import sysconfig
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from convnest_kernels import backends
+from convnest_kernels.cuda import _host
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
@@ -37,16 +47,24 @@ def missing() -> str | None:
         return "the emulation switches fibers in x86-64 assembly"
     if shutil.which(COMPILER) is None:
         return f"the compiler {COMPILER} is not on PATH"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed"
     return None
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
     """Compile (once for the same sources, in the user's cache folder) and load the kernels."""
-    units = [*sorted(CSRC.glob("*.cu")), *sorted(HERE.glob("*.cpp")), *sorted(HERE.glob("*.cu"))]
-    command = [COMPILER, *FLAGS, f"-I{CSRC}", f"-I{HERE}", "-x", "c++", *map(str, units)]
+    import pybind11
+
+    kernels = [*sorted(CSRC.glob("*.cu")), CSRC / "bindings_cuda.cpp"]
+    units = [*kernels, *sorted(HERE.glob("*.cpp")), *sorted(HERE.glob("*.cu"))]
+    folders = [CSRC, HERE, pybind11.get_include(), sysconfig.get_path("include")]
+    includes = [f"-I{folder}" for folder in folders]
+    command = [COMPILER, *FLAGS, *includes, "-x", "c++", *map(str, units)]
     digest = hashlib.sha256(" ".join(command).encode())
     headers = [*CSRC.rglob("*.cuh"), *CSRC.glob("*_cuda.h"), *HERE.glob("*.h")]
+    headers += [CSRC / "bindings_cuda.h", *CSRC.glob("common/*.h")]
     for source in sorted([*units, *headers]):
         digest.update(source.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "convnest-kernels"
@@ -55,7 +73,9 @@ def library() -> ctypes.CDLL:
     with (cache / "emulation.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not built.exists():
-            for stale in cache.glob("emulation-*.so"):
+            # Several checkouts may take turns.
+            known = sorted(cache.glob("emulation-*.so"), key=lambda path: path.stat().st_mtime)
+            for stale in known[:-3]:
                 stale.unlink()
             unfinished = built.with_suffix(".tmp")
             subprocess.run([*command, "-o", str(unfinished)], check=True)
@@ -63,6 +83,64 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(built))
     loaded.emulation_error.restype = ctypes.c_char_p
     return loaded
+
+
+@functools.cache
+def module() -> Any:
+    """The kernels' Python bindings, as `_C.cuda`; of the same library, and so of the same state."""
+    loader = importlib.machinery.ExtensionFileLoader("emulated", library()._name)
+    spec = importlib.util.spec_from_loader("emulated", loader)
+    assert spec is not None
+    loaded = importlib.util.module_from_spec(spec)
+    loader.exec_module(loaded)
+    return loaded
+
+
+def configure(seed: int = 0, skipped_barrier: int = -1, check_races: bool = True) -> None:
+    """Set up the next run (see `run`), with no buffers declared."""
+    library().emulation_configure(seed, skipped_barrier, int(check_races))
+
+
+def declare(name: str, tensor: Tensor | None, writable: bool) -> None:
+    """Let kernels read a tensor, or read and write it."""
+    if tensor is None:
+        return
+    assert tensor.is_contiguous()
+    library().emulation_declare(
+        name.encode(),
+        ctypes.c_void_p(tensor.data_ptr()),
+        ctypes.c_size_t(tensor.numel() * tensor.element_size()),
+        int(writable),
+    )
+
+
+class Backend:
+    """What `convnest_kernels.cuda` runs on under `backend`."""
+
+    def __init__(self, seed: int) -> None:
+        self.core = module()
+        self.seed = seed
+        self.launches = 0
+
+    def watch(self, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None]) -> None:
+        configure(self.seed)
+        self.launches += 1
+        for kind, tensors in (("input", inputs), ("output", outputs)):
+            for i, tensor in enumerate(tensors):
+                declare(f"{kind} {i}", tensor, kind == "output")
+
+
+@contextmanager
+def backend(seed: int = 2) -> Iterator[Backend]:
+    """Run `backend="cuda"` on CPU tensors, in the emulation."""
+    assert _host.emulation is None
+    _host.emulation = emulated = Backend(seed)
+    backends.select.cache_clear()
+    try:
+        yield emulated
+    finally:
+        _host.emulation = None
+        backends.select.cache_clear()
 
 
 class Params(ctypes.Structure):
@@ -107,17 +185,10 @@ def run(
         Fault: with the emulation's report.
     """
     lib = library()
-    lib.emulation_configure(seed, skipped_barrier, int(check_races))
+    configure(seed, skipped_barrier, check_races)
     for writable, tensors in enumerate((inputs, outputs)):
         for name, tensor in tensors.items():
-            if tensor is not None:
-                assert tensor.is_contiguous()
-                lib.emulation_declare(
-                    name.encode(),
-                    ctypes.c_void_p(tensor.data_ptr()),
-                    ctypes.c_size_t(tensor.numel() * tensor.element_size()),
-                    writable,
-                )
+            declare(name, tensor, bool(writable))
     if getattr(lib, entry)(*arguments):
         raise Fault(lib.emulation_error().decode())
 
