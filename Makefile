@@ -13,7 +13,12 @@ BIN := $(VENV)/bin
 # (measured: one sixth of the images a second). It must be set before torch is loaded.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all lint format wheel clean
+# The second environment: another torch, and the libraries that use this one.
+ZOO ?= torch==2.14.1 torchvision==0.29.1 timm==1.0.31 transformers
+ZOO_VENV := .venv-zoo
+ZOO_TESTS ?= tests/test_recipes.py
+
+.PHONY: demo test test-all test-zoo lint format wheel clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m convnest_kernels train
@@ -23,6 +28,9 @@ test: $(VENV)/.ready
 
 test-all: $(VENV)/.ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-zoo: $(ZOO_VENV)/.ready
+	$(ZOO_VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "not slow" $(ZOO_TESTS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -50,4 +58,11 @@ $(VENV)/.ready: $(NATIVE)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --no-deps "$(TRITON)" || echo "Going on without Triton."
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+$(ZOO_VENV)/.ready: $(NATIVE)
+	$(PYTHON) -m venv $(ZOO_VENV)
+	$(ZOO_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(ZOO_VENV)/bin/python -m pip install --quiet $(ZOO)
+	$(ZOO_VENV)/bin/python -m pip install --quiet --editable ".[recipes,test]"
 	touch $@
