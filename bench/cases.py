@@ -118,13 +118,45 @@ def _cases() -> list[Case]:
 CASES = _cases()
 
 
-def stage_cases(variant: str, batch: int, operator: str = "nested_conv") -> list[Case]:
-    """The wide operator at every stage of a model: (H, W) of a 224² image, 12·C channels."""
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+DTYPES = ("float32", "bfloat16", "float16")
+# What the activations of a [N, C, H, W] network are in memory; operators take NHWC.
+MEMORY_FORMATS = ("channels_last", "contiguous")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a model, or all of an isotropic one: its map, C, and 12·C channels inside."""
+
+    height: int
+    width: int
+    dim: int
+    blocks: int
+
+    @property
+    def wide(self) -> int:
+        """D, the channels inside a block."""
+        return 12 * self.dim
+
+
+def stages(variant: str, image_size: int = IMAGE_SIZE) -> list[Stage]:
+    """The stages of a model for square images: four, or one for an isotropic model."""
     config = VARIANTS[variant]
-    first = IMAGE_SIZE // config["patch_size"]
+    first = image_size // config["patch_size"]
     return [
-        Case(operator, (batch, first >> stage, first >> stage, 12 * dim))
-        for stage, dim in enumerate(config["dims"])
+        Stage(first >> i, first >> i, dim, depth)
+        for i, (dim, depth) in enumerate(zip(config["dims"], config["depths"], strict=True))
+    ]
+
+
+def stage_cases(
+    variant: str, batch: int, operator: str = "nested_conv", image_size: int = IMAGE_SIZE
+) -> list[Case]:
+    """An operator at every stage of a model: wide (12·C), or narrow where a block has it so."""
+    narrow = operator == "layernorm_residual"
+    return [
+        Case(operator, (batch, s.height, s.width, s.dim if narrow else s.wide))
+        for s in stages(variant, image_size)
     ]
 
 

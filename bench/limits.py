@@ -3,7 +3,8 @@
     python -m bench.limits
 
 A floor is the time that the arithmetic alone would take at these rates: the FLOPs of the linear
-layers and of the taps that lie inside the image, and two GELUs per wide element.
+layers and of the taps that lie inside the image, and two GELUs per wide element. Bandwidths are
+those of a copy, by the size of its working set.
 """
 
 from __future__ import annotations
@@ -28,6 +29,13 @@ class Limits:
     float32_flops: float
     bfloat16_flops: float
     gelus: float
+    # (bytes of a working set, bytes copied a second within it), from L1 to main memory
+    bandwidths: tuple[tuple[int, float], ...] = ()
+
+    def bandwidth(self, working_set: float) -> float:
+        """Bytes a second, read and written, of the level that holds `working_set` bytes."""
+        fitting = [rate for size, rate in self.bandwidths if size >= working_set]
+        return fitting[0] if fitting else self.bandwidths[-1][1]
 
     def block_seconds(
         self, batch: int, height: int, width: int, dim: int, *, expansion: int = 12,
@@ -77,7 +85,9 @@ def measure() -> Limits:
             check=True,
         )
         done = subprocess.run([str(program)], check=True, capture_output=True, text=True)
-    return Limits(*map(float, done.stdout.split()))
+    rates, levels = done.stdout.splitlines()[:3], done.stdout.splitlines()[3:]
+    pairs = (line.split() for line in levels)
+    return Limits(*map(float, rates), tuple((int(size), float(rate)) for size, rate in pairs))
 
 
 if __name__ == "__main__":
@@ -85,3 +95,5 @@ if __name__ == "__main__":
     print(f"float32 multiply-add  {limits.float32_flops / 1e9:6.0f} GFLOP/s")
     print(f"bfloat16 dot          {limits.bfloat16_flops / 1e9:6.0f} GFLOP/s")
     print(f"GELU, in L1           {limits.gelus / 1e9:6.2f} G elements/s")
+    for size, rate in limits.bandwidths:
+        print(f"copy within {size / 1024:7.0f} KiB {rate / 1e9:6.1f} GB/s")

@@ -1,0 +1,205 @@
+"""Arguments and course of `python -m bench` (and `python -m convnest_kernels bench`)."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import cells, contenders, floors, limits, machine, report
+from bench.cases import DTYPES, VARIANTS
+from bench.cells import Cell
+from bench.store import Store
+
+ROOT = Path(__file__).parent.parent
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    add_arguments(found)
+    return found
+
+
+def add_arguments(found: argparse.ArgumentParser) -> None:
+    add = found.add_argument
+    add("--op", nargs="+", default=["block"], choices=cells.SUBJECTS, help="what (block)")
+    add("--variant", default="convnest_tiny", choices=VARIANTS, help="whose shapes")
+    add("--stage", nargs="+", type=int, help="1 to 4 (all)")
+    add("--batch", nargs="+", type=int, default=[1], help="images (1)")
+    add("--dtype", nargs="+", default=["float32"], choices=DTYPES)
+    add("--mode", nargs="+", default=["infer"], choices=cells.MODES)
+    add("--allocator", nargs="+", default=["tuned"], choices=cells.ALLOCATORS, help="malloc's")
+    add("--peers", nargs="+", choices=contenders.CONTENDERS, help="all but slow ones")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, default=1, help="of the CPU (1)")
+    add("--image-size", type=int, default=224)
+    add("--budget", type=float, default=10.0, help="seconds of timing for each cell (10)")
+    add("--cell-timeout", type=float, default=400.0, help="seconds for a cell, compiling too")
+    add("--minutes", type=float, help="stop after; cells left out are listed (15 with --full)")
+    add("--full", action="store_true", help="the set whose results are committed, and doctor")
+    add("--redo", action="store_true", help="take cells anew that the folder has")
+    add("--out", type=Path, help="results folder (bench/results/<machine>)")
+    add("--json", action="store_true", help="print the records as JSON")
+    add("--markdown", action="store_true", help="print Markdown")
+    add("--plot", action="store_true", help="write the plots into the folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and report; 1 if a contender of ours computes wrong numbers or a cell fails."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda: torch sees no GPU here", file=sys.stderr)
+        return 2
+    try:
+        wanted = _cells(args)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    minutes = args.minutes or (15 if args.full and args.device == "cuda" else None)
+    deadline = time.monotonic() + 60 * minutes if minutes else None
+    folder = args.out or ROOT / "bench" / "results" / _folder_name(args)
+    store = Store(folder)
+    failed = _doctor(folder) if args.full else False
+    _begin(store, args)
+    left = []
+    for number, cell in enumerate(wanted, 1):
+        if cell.key in store.read()["records"] and not args.redo:
+            continue
+        if deadline and time.monotonic() > deadline:
+            left.append(cell)
+            continue
+        print(f"[{number}/{len(wanted)}] {cell.title}", file=sys.stderr, flush=True)
+        record = _measure(cell, args, store.read()["limits"])
+        failed |= "failed" in record or _is_refused(record)
+        store.add(cell, record)
+    for cell in left:
+        print(f"not run, {minutes:g} minutes were up: {cell.title}", file=sys.stderr)
+    _show(store, {cell.key for cell in wanted}, args, folder)
+    return int(failed)
+
+
+def _cells(args: argparse.Namespace) -> list[Cell]:
+    if args.full:
+        return cells.full(args.device, args.threads)
+    return cells.product(
+        args.op,
+        args.stage,
+        args.batch,
+        args.dtype,
+        args.mode,
+        args.allocator,
+        variant=args.variant,
+        device=args.device,
+        threads=args.threads,
+        image_size=args.image_size,
+    )
+
+
+def _folder_name(args: argparse.Namespace) -> str:
+    name = torch.cuda.get_device_name() if args.device == "cuda" else machine.processor()
+    words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
+    if args.device == "cpu":
+        words += [*(machine.family() or "").split()[1::2], f"{args.threads}t"]
+    return "-".join(words)
+
+
+def _begin(store: Store, args: argparse.Namespace) -> None:
+    """Record machine, limits (measured once for a folder, again with --redo) and command."""
+    found = store.read()["limits"]
+    if found is None:
+        if args.device == "cuda":
+            found = floors.gpu_limits()
+        else:
+            found = dataclasses.asdict(limits.measure())
+
+    def change(results: dict[str, Any]) -> None:
+        results["machine"] = machine.describe(args.device)
+        results["limits"] = found
+        command = f"python -m bench {shlex.join(args.command)}".strip()
+        if command not in results["commands"]:
+            results["commands"].append(command)
+
+    store.update(change)
+
+
+def _doctor(folder: Path) -> bool:
+    """Run doctor, which checks every kernel, into the results folder; whether it failed."""
+    print("doctor", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "convnest_kernels", "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "doctor.json").write_text(done.stdout)
+    if done.returncode:
+        print(f"doctor failed: see {folder / 'doctor.json'}", file=sys.stderr)
+    return bool(done.returncode)
+
+
+def _measure(cell: Cell, args: argparse.Namespace, found: Any) -> dict[str, Any]:
+    """A cell in a process of its own, with the allocator that it asks for."""
+    request = {
+        "cell": dataclasses.asdict(cell),
+        "peers": args.peers or contenders.default_for(cell.device),
+        "budget": args.budget,
+        "limits": found,
+    }
+    environment = {**os.environ, **cells.ALLOCATORS[cell.allocator]}
+    environment["OMP_NUM_THREADS"] = str(cell.threads)
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "-m", "bench.worker", json.dumps(request)]
+    try:
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, text=True, timeout=args.cell_timeout
+        )
+    except subprocess.TimeoutExpired:
+        reason = f"took over {args.cell_timeout:g} s"
+    else:
+        if done.returncode == 0:
+            return json.loads(done.stdout.splitlines()[-1])
+        reason = f"its process ended with {done.returncode}"
+    print(f"  FAILED: {reason}", file=sys.stderr)
+    return {"cell": dataclasses.asdict(cell), "failed": reason, "contenders": {}}
+
+
+def _is_refused(record: dict[str, Any]) -> bool:
+    refused = False
+    for name, found in record["contenders"].items():
+        if "refused" in found:
+            ours = contenders.CONTENDERS[name].ours
+            refused |= ours
+            mark = "REFUSED, no time is reported" if ours else "left out"
+            print(f"  {name}: {mark}: {found['refused']}", file=sys.stderr)
+    return refused
+
+
+def _show(store: Store, keys: set[str], args: argparse.Namespace, folder: Path) -> None:
+    results = store.read()
+    chosen = {k: r for k, r in results["records"].items() if k in keys}
+    if args.json:
+        print(json.dumps({**results, "records": chosen}, indent=2))
+    elif args.markdown:
+        print(report.markdown({**results, "records": chosen}))
+    else:
+        report.print_table({**results, "records": chosen})
+    if args.full:
+        (folder / "README.md").write_text(report.markdown(results))
+    if args.plot or args.full:
+        from bench import plots
+
+        for path in plots.draw_all(results, folder):
+            print(f"wrote {path}", file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    args = parser().parse_args(arguments)
+    args.command = arguments
+    return run(args)

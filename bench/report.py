@@ -1,0 +1,161 @@
+"""Tables of results, with ratios and fractions: rich in a terminal, Markdown for pages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bench.cells import Cell
+from bench.contenders import CONTENDERS, REFERENCE
+from bench.store import cell_of
+
+PREDICTED = Path(__file__).parent / "results" / "cuda_predicted.md"
+HEAD = ["contender", "ms", "p20 to p80", "speed-up", "of floor", "kept MB", "peak MB", "faults"]
+
+
+def ordered(results: dict[str, Any]) -> list[tuple[Cell, dict[str, Any]]]:
+    """Records by subject, mode, dtype, allocator, batch and stage."""
+    pairs = [(cell_of(record), record) for record in results["records"].values()]
+
+    def key(pair: tuple[Cell, dict[str, Any]]) -> tuple[Any, ...]:
+        c = pair[0]
+        return c.subject, c.mode, c.dtype != "float32", c.allocator, c.batch, c.stage, c.key
+
+    return sorted(pairs, key=key)
+
+
+def speed_up(record: dict[str, Any], name: str, over: str = REFERENCE) -> float | None:
+    """How many times as fast as `over`, by medians of one run; None if either is not there."""
+    found = record["contenders"]
+    if any("median" not in found.get(n, {}) for n in (name, over)):
+        return None
+    return found[over]["median"] / found[name]["median"]
+
+
+def ours(record: dict[str, Any]) -> str | None:
+    """The fastest of our backends that was timed."""
+    return _fastest(record, True)
+
+
+def best_peer(record: dict[str, Any]) -> str | None:
+    """The fastest contender that does the same job and is not ours."""
+    return _fastest(record, False)
+
+
+def _fastest(record: dict[str, Any], is_ours: bool) -> str | None:
+    timed = {
+        name: found["median"]
+        for name, found in record["contenders"].items()
+        if "median" in found
+        and CONTENDERS[name].ours == is_ours
+        and not name.startswith("convnext")  # another network: beside, not instead
+    }
+    return min(timed, key=lambda name: timed[name]) if timed else None
+
+
+def rows(record: dict[str, Any]) -> list[list[str]]:
+    """A table's lines of one cell, fastest first; then who did not take part, and why."""
+    timed = {n: f for n, f in record["contenders"].items() if "median" in f}
+    lines = []
+    for name, found in sorted(timed.items(), key=lambda item: item[1]["median"]):
+        ratio = speed_up(record, name)
+        floor = record.get("floor")
+        own = not name.startswith("convnext")
+        memory = [found.get("kept_for_backward"), found.get("peak_allocated")]
+        faults = found.get("page_faults")
+        lines.append(
+            [
+                name,
+                f"{1e3 * found['median']:.3g}",
+                f"{1e3 * found['p20']:.3g} to {1e3 * found['p80']:.3g}",
+                f"{ratio:.2f}×" if ratio else "",
+                f"{floor / found['median']:.0%}" if floor and own else "",
+                *("" if m is None else f"{m / 1e6:.1f}" for m in memory),
+                "" if faults is None else f"{faults:.0f}",
+            ]
+        )
+    return lines
+
+
+def absent(record: dict[str, Any]) -> list[str]:
+    """Who was skipped or refused, with the reason."""
+    lines = [f"cell failed: {record['failed']}"] if "failed" in record else []
+    for name, found in record["contenders"].items():
+        for state in ("skipped", "refused"):
+            if state in found:
+                lines.append(f"{name} {state}: {found[state]}")
+    return lines
+
+
+def print_table(results: dict[str, Any]) -> None:
+    """A rich table for each cell."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, width=max(Console().width, 100))
+    for cell, record in ordered(results):
+        table = Table(title=cell.title, title_justify="left", title_style="bold")
+        for i, column in enumerate(HEAD):
+            table.add_column(column, justify="left" if i == 0 else "right")
+        for line in rows(record):
+            mark = "bold green" if CONTENDERS[line[0]].ours else None
+            table.add_row(*line, style=mark)
+        console.print(table)
+        for line in absent(record):
+            console.print(f"  {line}", style="dim", markup=False)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """All cells, the machine with its limits, and, in its own section, what is only predicted."""
+    machine = results["machine"] or {}
+    versions = ", ".join(f"{n} {v}" for n, v in machine.get("versions", {}).items())
+    lines = [
+        "# Benchmark results",
+        "",
+        f"Machine: {machine.get('gpu') or machine.get('processor')} "
+        f"({machine.get('family')}, kernels for {machine.get('isa')}), {machine.get('system')}. "
+        f"Versions: Python {machine.get('python')}, {versions}. Commit {machine.get('commit')}.",
+        "",
+        "Commands:",
+        "",
+        *(f"    {command}" for command in results["commands"]),
+        "",
+        "Speed-ups are over eager PyTorch in channels_last (NHWC), from medians of one interleaved "
+        "run. The floor is the arithmetic (linear layers, taps inside the image, erf GELUs) at the "
+        "measured rates, or the bytes at the measured bandwidth if that is more; training counts "
+        "three times the arithmetic. Kept: for backward. Peak: of torch's own allocations during a "
+        "call (a kernel's workspace is in results.json's peak_resident only). Faults: page faults "
+        "a call.",
+        "",
+        *_limits(results["limits"]),
+    ]
+    for cell, record in ordered(results):
+        lines += ["", f"## {cell.title}", ""]
+        lines += ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+        lines += ["| " + " | ".join(line) + " |" for line in rows(record)]
+        lines += [""] + [f"- {line}" for line in absent(record)]
+    if "gpu" not in machine and PREDICTED.exists():
+        lines += ["", "# Predicted, not measured: the GPU kernels", ""]
+        lines += [line.replace("# ", "## ", 1) if line.startswith("# ") else line
+                  for line in PREDICTED.read_text().splitlines()]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _limits(limits: dict[str, Any] | None) -> list[str]:
+    if limits is None:
+        return []
+    if "copy" in limits:
+        rates = [f"copy {limits['copy'] / 1e9:.0f} GB/s"]
+        rates += [
+            f"{dtype} matmul {limits[dtype] / 1e12:.1f} TFLOP/s"
+            for dtype in ("float32", "bfloat16", "float16")
+        ]
+        return ["Measured limits: " + ", ".join(rates) + "."]
+    copies = ", ".join(
+        f"{rate / 1e9:.0f} GB/s within {size / 1024:.0f} KiB" for size, rate in limits["bandwidths"]
+    )
+    return [
+        f"Measured limits of one core: {limits['float32_flops'] / 1e9:.0f} GFLOP/s float32 FMA, "
+        f"{limits['bfloat16_flops'] / 1e9:.0f} GFLOP/s bfloat16 dot, "
+        f"{limits['gelus'] / 1e9:.2f} G GELU/s; copy {copies}."
+    ]

@@ -1,0 +1,141 @@
+"""Measures one cell, in a process of its own: its allocator, threads and memory are its own.
+
+    python -m bench.worker '{"cell": {...}, "peers": [...], "budget": 10, "limits": {...}}'
+
+The record is the last line of stdout, as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bench import floors, machine, memory, timing
+from bench.cells import Cell
+from bench.contenders import CONTENDERS
+from bench.limits import Limits
+from bench.runtimes import Prepared, SkipError
+from bench.verify import Checker, WrongNumbersError
+from bench.work import Work, build
+
+
+def measure(
+    cell: Cell, peers: list[str], budget: float, limits: dict[str, Any] | None,
+    tell: Callable[[str], None] = lambda text: None, wanted: int = timing.WANTED_SAMPLES,
+) -> dict[str, Any]:  # fmt: skip
+    """Check every contender, time those that are right in turn, measure their memory.
+
+    Returns the record: the cell, its cost and floor, and by contender its times and memory, or
+    "skipped" or "refused" with the reason. A refused contender of ours fails the run.
+    """
+    torch.set_num_threads(cell.threads)
+    torch.manual_seed(0)
+    work = build(cell)
+    checker = Checker(work, work.forms[work.reference_form], work.inputs)
+    record: dict[str, Any] = {
+        "cell": dataclasses.asdict(cell),
+        "conditions": machine.conditions(cell.device),
+        "taken": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+        "cost": work.cost.of(cell.mode) if work.cost else None,
+        "floor": _floor(work, limits),
+        "contenders": {},
+    }
+    ready: dict[str, Prepared] = {}
+    for name in peers:
+        started = time.perf_counter()
+        found: dict[str, Any] = record["contenders"].setdefault(name, {})
+        try:
+            prepared = CONTENDERS[name].prepare(work)
+            with prepared.scope():
+                found["error"] = _check(prepared, checker, work, CONTENDERS[name].ours)
+            ready[name] = prepared
+        except SkipError as reason:
+            found["skipped"] = str(reason)
+        except WrongNumbersError as reason:
+            found["refused"] = str(reason)
+        except Exception as error:
+            # A peer that cannot compile or export a cell is a finding; ours must not fail.
+            if CONTENDERS[name].ours:
+                raise
+            text = str(error).strip() or "no message"
+            found["skipped"] = f"{type(error).__name__}: {text.splitlines()[0][:160]}"
+        found["prepared_in"] = round(time.perf_counter() - started, 2)
+        tell(f"  {name}: {found.get('skipped') or found.get('refused') or 'checked'}")
+    calls = {name: _call(prepared, cell) for name, prepared in ready.items()}
+    clock = timing.CudaClock() if cell.device == "cuda" else timing.CpuClock()
+    for name, samples in timing.interleave(calls, clock, budget, wanted).items():
+        record["contenders"][name] |= samples.as_dict()
+    for name, prepared in ready.items():
+        record["contenders"][name] |= _memory(prepared, cell)
+    record["conditions_after"] = machine.conditions(cell.device)
+    return record
+
+
+def _check(prepared: Prepared, checker: Checker, work: Work, ours: bool) -> float:
+    if prepared.checked_by_itself:
+        assert prepared.module is not None
+        inputs = work.inputs_for("nhwc")
+        return Checker(work, prepared.module, inputs).check(prepared.results(), ours=False)
+    return checker.check(prepared.results(), ours)
+
+
+def _call(prepared: Prepared, cell: Cell) -> Callable[[], Any]:
+    """What is timed: the call in its scope; on a GPU in inference as a graph where it can be."""
+
+    def scoped() -> Any:
+        with prepared.scope():
+            return prepared.call()
+
+    if cell.device == "cuda" and cell.mode == "infer":
+        try:
+            return timing.as_graph(scoped)
+        except RuntimeError:
+            return scoped
+    return scoped
+
+
+def _floor(work: Work, limits: dict[str, Any] | None) -> float | None:
+    if limits is None or work.cost is None:
+        return None
+    cell = work.cell
+    if cell.device == "cuda":
+        return floors.gpu_floor(work.cost, limits, cell.mode, cell.dtype)
+    return floors.cpu_floor(
+        work.cost, Limits(**limits), cell.mode, cell.dtype == "bfloat16", cell.threads
+    )
+
+
+def _memory(prepared: Prepared, cell: Cell) -> dict[str, int | None]:
+    if prepared.module is None or prepared.forward is None:
+        return {}
+    found: dict[str, int | None] = {}
+    with prepared.scope():
+        if cell.mode == "train":
+            found["kept_for_backward"] = memory.kept_for_backward(prepared.module, prepared.forward)
+        found["peak_allocated"] = memory.peak_allocated(prepared.call, cell.device)
+        if cell.device == "cpu":
+            found["peak_resident"] = memory.peak_resident(prepared.call)
+    return found
+
+
+def main() -> int:
+    request = json.loads(sys.argv[1])
+    record = measure(
+        Cell(**request["cell"]),
+        request["peers"],
+        request["budget"],
+        request["limits"],
+        tell=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    print(json.dumps(record))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
