@@ -125,14 +125,19 @@ def full(device: str, threads: int) -> list[Cell]:
             *product(BLOCKS, [1, 3], [128], single, modes, **common),
             *product(NETWORKS, None, [1], half, modes, **common),
         ]
-    both = ("float32", "bfloat16")
+    single, half = ["float32"], ["bfloat16"]
     return [
-        *product(BLOCKS, None, [8, 1], both, MODES, **common),
-        *product(NETWORKS, None, [1, 8], ["float32"], MODES, **common),
-        *product(BLOCKS, None, [8], ["float32"], MODES, ["default"], **common),
-        *product(OPERATORS, None, [8], ["float32"], MODES, **common),
-        *product(BLOCKS, None, [32], ["float32"], ["infer"], **common),
-        *product(NETWORKS, None, [1, 8], ["bfloat16"], MODES, **common),
+        *product(BLOCKS, None, [8], single, MODES, **common),
+        *product(NETWORKS, None, [8], single, MODES, **common),
+        *product(BLOCKS, None, [8], half, MODES, **common),
+        *product(NETWORKS, None, [1], single, ["infer"], **common),
+        *product(BLOCKS, None, [1], single, MODES, **common),
+        *product(BLOCKS, None, [8], single, MODES, ["default"], **common),
+        *product(OPERATORS, None, [8], single, MODES, **common),
+        *product(BLOCKS, None, [32], single, ["infer"], **common),
+        *product(NETWORKS, None, [1, 8], half, MODES, **common),
+        *product(BLOCKS, None, [1], half, MODES, **common),
+        *product(BLOCKS, None, [32], half, ["infer"], **common),
     ]
 
 

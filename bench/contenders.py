@@ -1,7 +1,7 @@
 """The contenders that torch runs: our backends, eager and torch.compile in both layouts, timm.
 
-A contender prepares a cell's work or says why it does not (SkipError). What it gives back is a call to
-time and the results to check. Runtimes other than torch are in runtimes.py.
+A contender prepares a cell's work or says why it does not (SkipError). What it gives back is a call
+to time and the results to check. Runtimes other than torch are in runtimes.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ REFERENCE = "eager-nhwc"  # ratios are to it
 
 @dataclass(frozen=True)
 class Contender:
-    """`prepare` builds it for some work, or raises SkipError; `ours` are held to the tests' bound."""
+    """`prepare` builds it for work, or raises SkipError; `ours` are held to the tests' bound."""
 
     name: str
     prepare: Callable[[Work], Prepared]
@@ -38,7 +38,7 @@ def run_torch(
     work: Work, form: str, module: nn.Module, function: Any = None, **scope: Any
 ) -> Prepared:
     """A torch module (called through `function`, where it is compiled) as a contender."""
-    function = function or module
+    function = module if function is None else function
     inputs = work.inputs_for(form)
     parameters = dict(module.named_parameters())
 
