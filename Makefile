@@ -60,9 +60,10 @@ $(VENV)/.ready: $(NATIVE)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
-$(ZOO_VENV)/.ready: $(NATIVE)
+# Both environments are of one interpreter and share the native module, which knows no torch.
+$(ZOO_VENV)/.ready: $(VENV)/.ready
 	$(PYTHON) -m venv $(ZOO_VENV)
 	$(ZOO_VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(ZOO_VENV)/bin/python -m pip install --quiet $(ZOO)
-	$(ZOO_VENV)/bin/python -m pip install --quiet --editable ".[recipes,test]"
+	CONVNEST_SKIP_EXTENSION=1 $(ZOO_VENV)/bin/python -m pip install --quiet --editable ".[recipes,test]"
 	touch $@
