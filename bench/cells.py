@@ -141,4 +141,4 @@ def full(device: str, threads: int) -> list[Cell]:
     ]
 
 
-__all__ = ["ALLOCATORS", "BATCHES", "BLOCKS", "MODES", "NETWORKS", "SUBJECTS", "Cell", "full"]
+__all__ = ["ALLOCATORS", "BATCHES", "BLOCKS", "MODES", "NETWORKS", "OPERATORS", "SUBJECTS", "Cell"]

@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     deadline = time.monotonic() + 60 * minutes if minutes else None
     folder = args.out or ROOT / "bench" / "results" / _folder_name(args)
     store = Store(folder)
-    failed = _doctor(folder) if args.full else False
+    has_report = (folder / "doctor.json").exists() and not args.redo
+    failed = _doctor(folder) if args.full and not has_report else False
     _begin(store, args)
     left = []
     for number, cell in enumerate(wanted, 1):
