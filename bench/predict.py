@@ -1,10 +1,10 @@
 """Predicted time of the CUDA kernels on GPUs that nobody here has: predictions, not measurements.
 
-Counts the instructions that nvcc made of a stage of each tensor-core convolution, spreads them over
-the pipes of an SM at their full rate, and compares with the time that memory takes for the bytes
-that must move. The larger is the bound; the model leaves out latency, barriers, the last wave and
-DRAM's own losses. On the other side it counts every instruction of a stage, also those that rows in
-a gap between images leave out; where maps are small, issue is overstated for that.
+Counts the instructions that nvcc made of a stage of each convolution, spreads them over the pipes
+of an SM at their full rate, and compares with the time that memory takes for the bytes that must
+move. The larger is the bound; the model leaves out latency, barriers, the last wave and DRAM's own
+losses. On the other side it counts every instruction of a stage, also those that rows in a gap
+between images leave out; where maps are small, issue is overstated for that.
 
     python -m bench.predict [--arch sm_80 sm_90] > bench/results/cuda_predicted.md
 """
@@ -55,10 +55,20 @@ class Convolution:
 
     label: str
     source: str
-    kernel: str  # how the demangled name begins
+    kernel: str  # the demangled name
     bytes: int
     halo_rows: int  # rows of input marched over beside the output's, for each chunk
     wavefronts: float  # of shared memory, per 1024 outputs, from the kernel's accesses
+
+
+@dataclasses.dataclass(frozen=True)
+class FmaConvolution:
+    """A float32 convolution on the FMA units, by the loop that holds its products."""
+
+    label: str
+    kernel: str  # the demangled name
+    rows: int  # of 7 outputs, that a thread makes in a turn of that loop
+    bytes: int
 
 
 # Shared-memory wavefronts (128 bytes) per warp and stage: stores and loads of 8 bytes take 2, of 16
@@ -66,13 +76,32 @@ class Convolution:
 FORWARD = 8 * 2 + 4 * 4 + 4 * 4 + 8 * 4 + 28 + 16 + 8 * 2 + 4 * 4 + 4 * 4 + 4 * 4 + 16
 DGRAD = 2 * (4 * 4 + 4 * 4) + 8 * 2 + 8 * 4 + 28 + 16 + 8 * 2
 WGRAD = 8 * 2 + 8 * 2 + 2 * 5 * 4 + 8 * 4 + 8
+DEPTHWISE = DGRAD - (4 * 4 + 4 * 4)  # without u
+_TYPES = f"<BFloat16, {KERNEL_SIZE}, "
+_FORWARD, _DGRAD = (
+    f"nested_conv_fwd_kernel{_TYPES}true>",
+    f"depthwise_kernel{_TYPES}(Source)1, true>",
+)
+_DEPTHWISE = f"depthwise_kernel{_TYPES}(Source)0, true>"
+_WGRAD = f"depthwise_wgrad_kernel{_TYPES}true, true>"
+_PLAIN_WGRAD = f"depthwise_wgrad_kernel{_TYPES}false, true>"
+_BWD, _DW, _DW_BWD = (
+    "nested_conv_bwd.cu",
+    "dwconv_gelu_layernorm.cu",
+    "dwconv_gelu_layernorm_bwd.cu",
+)
 CONVOLUTIONS = [
-    Convolution("forward (u kept)", "nested_conv.cu", "nested_conv_fwd_kernel", 6, 0, FORWARD),
-    Convolution("forward (inference)", "nested_conv.cu", "nested_conv_fwd_kernel", 4, 0, FORWARD),
-    Convolution("dgrad (du, dz)", "nested_conv_bwd.cu", "depthwise_kernel", 8, 0, DGRAD),
-    Convolution(
-        "wgrad", "nested_conv_bwd.cu", "depthwise_wgrad_kernel", 4, KERNEL_SIZE // 2, WGRAD
-    ),
+    Convolution("nested_conv (u kept)", "nested_conv.cu", _FORWARD, 6, 0, FORWARD),
+    Convolution("nested_conv (inference)", "nested_conv.cu", _FORWARD, 4, 0, FORWARD),
+    Convolution("nested_conv dgrad (du, dz)", _BWD, _DGRAD, 8, 0, DGRAD),
+    Convolution("nested_conv wgrad", _BWD, _WGRAD, 4, KERNEL_SIZE // 2, WGRAD),
+    Convolution("depthwise, dgrad", _DW, _DEPTHWISE, 4, 0, DEPTHWISE),
+    Convolution("depthwise wgrad", _DW_BWD, _PLAIN_WGRAD, 4, KERNEL_SIZE // 2, WGRAD),
+]
+FMA_SOURCE = "depthwise_fma.cu"
+FMA_CONVOLUTIONS = [
+    FmaConvolution("forward, dgrad", f"depthwise_fma_kernel<Float32, {KERNEL_SIZE}>", 1, 8),
+    FmaConvolution("wgrad", f"depthwise_fma_wgrad_kernel<Float32, {KERNEL_SIZE}>", 4, 8),
 ]
 
 
@@ -142,35 +171,57 @@ def predict(
     }
 
 
+def predict_fma(
+    chip: Chip, conv: FmaConvolution, mix: collections.Counter[str]
+) -> dict[str, float]:
+    """Clocks per output and SM of the product loop alone, on maps whose width 7 divides."""
+    outputs = 7 * conv.rows
+    by_pipe: collections.Counter[str] = collections.Counter()
+    for opcode, n in mix.items():
+        by_pipe[pipe(opcode)] += n
+    return {
+        "memory": conv.bytes / (chip.bandwidth / chip.sms / chip.clock),
+        "issue": mix.total() / outputs / 128,
+        "fp32": by_pipe["fp32"] / outputs / chip.fp32,
+        "shared": by_pipe["memory"] / outputs / 32,
+    }
+
+
+def describe(mix: collections.Counter[str]) -> str:
+    pipes: collections.Counter[str] = collections.Counter()
+    for opcode, n in mix.items():
+        pipes[pipe(opcode)] += n
+    return ", ".join(f"{name} {n}" for name, n in pipes.most_common())
+
+
+def share(terms: dict[str, float]) -> str:
+    """The predicted share of DRAM's peak, and the two largest terms."""
+    worst = sorted(terms.items(), key=lambda term: -term[1])[:2]
+    text = ", ".join(f"{name} {clocks:.2f}" for name, clocks in worst)
+    return f"{terms['memory'] / worst[0][1]:.0%} ({text})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"])
     options = parser.parse_args()
     mixes: dict[tuple[str, str], collections.Counter[str]] = {}
-    print("# Predicted time of nested_conv's tensor-core convolutions\n")
+    print("# Predicted time of the CUDA convolutions\n")
     print("Made by `python -m bench.predict`; predictions, nothing here was run on a GPU.\n")
+    print("## bf16, on the tensor cores\n")
     print("| kernel | arch | registers | warp instructions per 1024 outputs | of these |")
     print("|---|---|---|---|---|")
-    for source in sorted({conv.source for conv in CONVOLUTIONS}):
+    for source in dict.fromkeys(conv.source for conv in CONVOLUTIONS):
         for arch in options.arch:
-            kernels = sass.compile_kernels(sass.CSRC / source, arch)
+            kernels = {k.name: k for k in sass.compile_kernels(sass.CSRC / source, arch)}
             for conv in CONVOLUTIONS:
                 if conv.source != source or (conv.kernel, arch) in mixes:
                     continue
                 # A K = 7 product loop makes two turns a stage; the weight gradient's has none.
-                wanted = f"{conv.kernel}<BFloat16, {KERNEL_SIZE}, "
-                kernel = next(
-                    k for k in kernels if k.name.startswith(wanted) and k.name.endswith("true>")
-                )
+                kernel = kernels[conv.kernel]
                 mix = mixes[conv.kernel, arch] = kernel.stage_mix(2)
-                pipes: collections.Counter[str] = collections.Counter()
-                for opcode, n in mix.items():
-                    pipes[pipe(opcode)] += n
-                parts = ", ".join(f"{name} {n}" for name, n in pipes.most_common())
-                print(
-                    f"| {conv.kernel} | {arch} | {kernel.registers} | {mix.total()} | {parts} |",
-                    flush=True,
-                )
+                row = (conv.kernel, arch, kernel.registers, mix.total(), describe(mix))
+                print("| " + " | ".join(map(str, row)) + " |", flush=True)
     print(
         f"\nClocks per output and SM, ConvNeSt-T in bf16 at batch {BATCH}: the two largest terms,"
     )
@@ -181,14 +232,29 @@ def main() -> None:
         for chip in CHIPS:
             if (conv.kernel, chip.arch) not in mixes:
                 continue
-            cells = []
-            for _, size, channels in STAGES:
-                terms = predict(chip, conv, mixes[conv.kernel, chip.arch], size, channels)
-                worst = sorted(terms.items(), key=lambda term: -term[1])[:2]
-                share = terms["memory"] / worst[0][1]
-                text = ", ".join(f"{name} {clocks:.2f}" for name, clocks in worst)
-                cells.append(f"{share:.0%} ({text})")
+            mix = mixes[conv.kernel, chip.arch]
+            cells = [share(predict(chip, conv, mix, size, C)) for _, size, C in STAGES]
             print(f"| {conv.label} | {chip.name} | " + " | ".join(cells) + " |")
+    print("\n## float32, on the FMA units\n")
+    print(
+        "The product loop alone (the fill of shared memory comes on top), at every stage shape.\n"
+    )
+    print("| kernel | chip | registers | instructions per output | share of DRAM's peak |")
+    print("|---|---|---|---|---|")
+    for arch in options.arch:
+        kernels = {k.name: k for k in sass.compile_kernels(sass.CSRC / FMA_SOURCE, arch)}
+        for fma in FMA_CONVOLUTIONS:
+            kernel = kernels[fma.kernel]
+            products = 7 * KERNEL_SIZE**2 * fma.rows
+            mix = kernel.loop_mix("FFMA", products)
+            count = (
+                f"{mix.total() / (7 * fma.rows):.0f}: {describe(mix)} for {7 * fma.rows} outputs"
+            )
+            for chip in CHIPS:
+                if chip.arch == arch:
+                    row = (fma.label, chip.name, kernel.registers, count)
+                    cell = share(predict_fma(chip, fma, mix))
+                    print("| " + " | ".join(map(str, row)) + f" | {cell} |")
 
 
 if __name__ == "__main__":

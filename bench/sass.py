@@ -61,6 +61,25 @@ class Kernel:
                 mix[opcode] += inner_trips if any(a <= i <= b for a, b in inner) else 1
         return mix
 
+    def loop_mix(self, opcode: str, least: int) -> collections.Counter[str]:
+        """Opcodes of one turn of the innermost loop with at least `least` of `opcode`."""
+        mixes = [
+            collections.Counter(
+                op
+                for op, _ in self.instructions[start : end + 1]
+                if not op.endswith(":") and op != "NOP"
+            )
+            for start, end in self.loops()
+        ]
+        return min(
+            (
+                mix
+                for mix in mixes
+                if sum(n for op, n in mix.items() if op.startswith(opcode)) >= least
+            ),
+            key=collections.Counter.total,
+        )
+
 
 def nvdisasm() -> str | None:
     """Where nvdisasm is, or None."""

@@ -1,5 +1,5 @@
-// gelu_layernorm on CUDA devices: the launches. Instances: forward 2 element types × 2 orders ×
-// vector or scalar access = 8; backward the same × (1 or 2 vectors of a row) = 16.
+// gelu_layernorm on CUDA devices: the launches. Instances: forward 3 element types × 2 orders ×
+// vector or scalar access = 12; backward the same × (1 or 2 vectors of a row) = 24.
 #include <stdexcept>
 #include <string>
 
@@ -23,14 +23,14 @@ void check_rows(std::int64_t rows) {
 
 template <class Element, bool kVector>
 void forward(const GeluLayerNormFwdParams& p, void* stream) {
-    const RowStatisticsParams params{.x = static_cast<const std::uint16_t*>(p.x),
+    const RowStatisticsParams params{.x = p.x,
                                      .mean = p.mean,
                                      .rstd = p.rstd,
                                      .rows = static_cast<std::uint32_t>(p.rows),
                                      .C = p.C,
                                      .threads_per_row = 0,
                                      .eps = p.eps,
-                                     .y = static_cast<std::uint16_t*>(p.y),
+                                     .y = p.y,
                                      .ln_weight = p.ln_weight,
                                      .ln_bias = p.ln_bias};
     if (p.norm_first) {
@@ -47,14 +47,14 @@ void backward(const GeluLayerNormBwdParams& p, void* stream) {
     const auto rows = static_cast<std::uint32_t>(p.rows);
     const bool norm_gradients = p.dln_weight != nullptr || p.dln_bias != nullptr;
     float* partials = static_cast<float*>(p.workspace);
-    const LayerNormBwdArgs args{.dy = static_cast<const std::uint16_t*>(p.dy),
-                                .x = static_cast<const std::uint16_t*>(p.x),
+    const LayerNormBwdArgs args{.dy = p.dy,
+                                .x = p.x,
                                 .extra = nullptr,
                                 .mean = p.mean,
                                 .rstd = p.rstd,
                                 .ln_weight = p.ln_weight,
                                 .ln_bias = p.ln_bias,
-                                .dx = static_cast<std::uint16_t*>(p.dx),
+                                .dx = p.dx,
                                 .partials = norm_gradients ? partials : nullptr,
                                 .rows = rows,
                                 .C = p.C,
@@ -93,8 +93,11 @@ void backward(const GeluLayerNormBwdParams& p, void* stream) {
 void launch_gelu_layernorm_fwd(const GeluLayerNormFwdParams& params, ElementType type,
                                void* stream) {
     check_rows(params.rows);
-    type == ElementType::bfloat16 ? forward<BFloat16>(params, stream)
-                                  : forward<Float16>(params, stream);
+    switch (type) {
+        case ElementType::bfloat16: return forward<BFloat16>(params, stream);
+        case ElementType::float16: return forward<Float16>(params, stream);
+        case ElementType::float32: return forward<Float32>(params, stream);
+    }
 }
 
 std::size_t gelu_layernorm_bwd_workspace_bytes(std::int64_t rows, int C) {
@@ -109,8 +112,11 @@ void launch_gelu_layernorm_bwd(const GeluLayerNormBwdParams& params, ElementType
                                     std::to_string(kMostRowChannels) + ", got " +
                                     std::to_string(params.C));
     }
-    type == ElementType::bfloat16 ? backward<BFloat16>(params, stream)
-                                  : backward<Float16>(params, stream);
+    switch (type) {
+        case ElementType::bfloat16: return backward<BFloat16>(params, stream);
+        case ElementType::float16: return backward<Float16>(params, stream);
+        case ElementType::float32: return backward<Float32>(params, stream);
+    }
 }
 
 }  // namespace convnest::cuda

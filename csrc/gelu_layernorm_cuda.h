@@ -2,7 +2,7 @@
 //
 //     y = LN(GELU(x)),  or with norm_first  y = GELU(LN(x))      over the last of [rows, C]
 //
-// Contiguous; x, y, dy and dx are of one 16-bit type, the rest float. Launches go to the caller's
+// Contiguous; x, y, dy and dx are of one type, the rest float. Launches go to the caller's
 // stream on the current device, allocate nothing and wait for nothing. They throw
 // std::invalid_argument for what they do not support, std::runtime_error for CUDA's errors.
 #pragma once

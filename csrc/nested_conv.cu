@@ -1,30 +1,24 @@
 // nested_conv on CUDA devices: which kernel, which tiles, and the launches. Instances of the
 // forward kernel: 2 element types × kernel sizes 3, 5, 7, 9 × vector or scalar access = 16; of its
-// statistics: 4.
-#include <stdexcept>
-#include <string>
-
+// statistics: 6. Float32 and the larger kernel sizes run on the FMA units (depthwise_fma.cu).
 #include "nested_conv.cuh"
+
+#include "common/convolution_limits.h"
+#include "common/depthwise_fma.cuh"
+#include "common/plan.cuh"
 
 namespace convnest::cuda {
 
 namespace {
 
-bool aligned(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; }
-
-// Blocks of 256 threads that fill the largest GPU (148 SMs, 2 blocks each) about six times over, so
-// that a last, part-filled wave costs little.
-constexpr int kWantedBlocks = 2048;
-
-template <class Element, int K, bool kVector>
-void launch_fwd(const NestedConvFwdParams& p, void* stream) {
-    const auto pixels = static_cast<std::uint32_t>(p.N * p.H) * p.W;
+template <class Element, bool kVector>
+void launch_statistics(const NestedConvFwdParams& p, void* stream) {
     launch_row_statistics<Element, true, RowOutput::statistics, kVector>(
         "nested_conv_statistics",
-        {.x = static_cast<const std::uint16_t*>(p.h),
+        {.x = p.h,
          .mean = p.mean,
          .rstd = p.rstd,
-         .rows = pixels,
+         .rows = static_cast<std::uint32_t>(p.N * p.H) * p.W,
          .C = p.C,
          .threads_per_row = 0,
          .eps = p.eps,
@@ -32,21 +26,30 @@ void launch_fwd(const NestedConvFwdParams& p, void* stream) {
          .ln_weight = nullptr,
          .ln_bias = nullptr},
         stream);
-    const int channel_blocks = ceil_div(p.C, kBlockChannels);
-    const Canvas canvas =
-        plan_canvas(p.N, p.H, p.W, K / 2, ceil_div(kWantedBlocks, channel_blocks));
+}
+
+// 16-byte accesses: rows of whole vectors of 8 channels, all tensors aligned.
+bool takes_vectors(const NestedConvFwdParams& p) {
+    return p.C % 8 == 0 && aligned(p.h) && aligned(p.v) && aligned(p.u);
+}
+
+template <class Element, int K, bool kVector>
+void launch_fwd(const NestedConvFwdParams& p, void* stream) {
+    launch_statistics<Element, kVector>(p, stream);
+    const int blocks = channel_blocks(p.C);
+    const Canvas canvas = convolution_canvas(p.N, p.H, p.W, p.C, K);
     run({.kernel = "nested_conv_fwd_kernel",
-         .grid = dim3(static_cast<unsigned>(canvas.items) * channel_blocks),
+         .grid = dim3(static_cast<unsigned>(canvas.items) * blocks),
          .block = dim3(kThreads),
          .shared_bytes = sizeof(NestedConvFwdShared<K>),
          .stream = stream},
         nested_conv_fwd_kernel<Element, K, kVector>,
-        NestedConvFwdArgs{p, canvas, pixels, channel_blocks});
+        NestedConvFwdArgs{p, canvas, static_cast<std::uint32_t>(p.N * p.H) * p.W, blocks});
 }
 
 template <class Element, int K>
 void launch_fwd(const NestedConvFwdParams& p, void* stream) {
-    if (p.C % 8 == 0 && aligned(p.h) && aligned(p.v) && aligned(p.u)) {
+    if (takes_vectors(p)) {
         launch_fwd<Element, K, true>(p, stream);
     } else {
         launch_fwd<Element, K, false>(p, stream);
@@ -63,36 +66,56 @@ void launch_fwd(const NestedConvFwdParams& p, int kernel_size, void* stream) {
     }
 }
 
-}  // namespace
-
-bool nested_conv_has_kernel_size(int kernel_size) {
-    return kernel_size == 3 || kernel_size == 5 || kernel_size == 7 || kernel_size == 9;
+template <class Element>
+void launch_fma_fwd(const NestedConvFwdParams& p, int kernel_size, ElementType type, void* stream) {
+    const bool vector = takes_vectors(p);
+    vector ? launch_statistics<Element, true>(p, stream)
+           : launch_statistics<Element, false>(p, stream);
+    launch_depthwise_fma("nested_conv_fma_fwd",
+                         {.source = FmaSource::gelu_norm,
+                          .x = p.h,
+                          .u = nullptr,
+                          .y = p.v,
+                          .kept = p.u,
+                          .mean = p.mean,
+                          .rstd = p.rstd,
+                          .ln_weight = p.ln_weight,
+                          .ln_bias = p.ln_bias,
+                          .weight = p.conv_weight,
+                          .bias = p.conv_bias,
+                          .flipped = false,
+                          .shortcut = p.shortcut,
+                          .vector = vector,
+                          .C = p.C,
+                          .tiles = {},
+                          .channel_blocks = 0,
+                          .groups = 0},
+                         p.N, p.H, p.W, kernel_size, type, stream);
 }
 
-void check_nested_conv(int N, int H, int W, int C, int kernel_size) {
-    const auto refuse = [](const std::string& what) {
-        throw std::invalid_argument("nested_conv: " + what);
-    };
-    if (!nested_conv_has_kernel_size(kernel_size)) {
-        refuse("kernel_size must be 3, 5, 7 or 9, got " + std::to_string(kernel_size));
-    }
-    // Pixels are counted in 32 bits, and a walk may step past the last image by a row of images.
-    if (static_cast<std::int64_t>(N) * H * W >= std::int64_t{1} << 31) {
-        refuse("N·H·W must be below 2^31, got " +
-               std::to_string(static_cast<std::int64_t>(N) * H * W));
-    }
-    if (C > kMostChannels) {
-        refuse("C must be at most " + std::to_string(kMostChannels) + ", got " + std::to_string(C));
-    }
+}  // namespace
+
+bool nested_conv_has_kernel_size(int kernel_size, ElementType) {
+    return has_kernel_size(kernel_size);
+}
+
+void check_nested_conv(int N, int H, int W, int C, int kernel_size, ElementType) {
+    check_convolution("nested_conv", N, H, W, C, kernel_size);
 }
 
 void launch_nested_conv_fwd(const NestedConvFwdParams& params, int kernel_size, ElementType type,
                             void* stream) {
-    check_nested_conv(params.N, params.H, params.W, params.C, kernel_size);
-    if (type == ElementType::bfloat16) {
-        launch_fwd<BFloat16>(params, kernel_size, stream);
-    } else {
-        launch_fwd<Float16>(params, kernel_size, stream);
+    check_nested_conv(params.N, params.H, params.W, params.C, kernel_size, type);
+    const bool tensor = on_tensor_cores(kernel_size, type);
+    switch (type) {
+        case ElementType::bfloat16:
+            return tensor ? launch_fwd<BFloat16>(params, kernel_size, stream)
+                          : launch_fma_fwd<BFloat16>(params, kernel_size, type, stream);
+        case ElementType::float16:
+            return tensor ? launch_fwd<Float16>(params, kernel_size, stream)
+                          : launch_fma_fwd<Float16>(params, kernel_size, type, stream);
+        case ElementType::float32:
+            return launch_fma_fwd<Float32>(params, kernel_size, type, stream);
     }
 }
 

@@ -2,7 +2,7 @@
 //
 //     g = GELU(h);  z = LN(g);  u = [g +] DW(z) + conv_bias;  v = GELU(u)
 //
-// Everything is NHWC and contiguous; activations are of one 16-bit type, the rest float. Launches
+// Everything is NHWC and contiguous; activations are of one type, the rest float. Launches
 // go to the caller's stream on the current device, allocate nothing and wait for nothing. They
 // throw std::invalid_argument for what they do not support, std::runtime_error for CUDA's errors.
 #pragma once
@@ -47,19 +47,17 @@ struct NestedConvBwdParams {
     bool shortcut;
 };
 
-// Kernel sizes whose band fits the tensor cores' window: 3, 5, 7, 9.
-bool nested_conv_has_kernel_size(int kernel_size);
-
-// The widest row that the backward holds in registers (ConvNeSt's own are 240 to 6912 wide).
-constexpr int kMostChannels = 8192;
+// 3, 5, 7, 9, 11, 13, in every type.
+bool nested_conv_has_kernel_size(int kernel_size, ElementType type);
 
 // Throws std::invalid_argument for what the kernels do not support.
-void check_nested_conv(int N, int H, int W, int C, int kernel_size);
+void check_nested_conv(int N, int H, int W, int C, int kernel_size, ElementType type);
 
 void launch_nested_conv_fwd(const NestedConvFwdParams& params, int kernel_size, ElementType type,
                             void* stream);
 
-std::size_t nested_conv_bwd_workspace_bytes(int N, int H, int W, int C, int kernel_size);
+std::size_t nested_conv_bwd_workspace_bytes(int N, int H, int W, int C, int kernel_size,
+                                            ElementType type);
 void launch_nested_conv_bwd(const NestedConvBwdParams& params, int kernel_size, ElementType type,
                             void* stream);
 

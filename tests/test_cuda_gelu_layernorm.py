@@ -59,7 +59,7 @@ def forward(
     emulation.run(
         "gelu_layernorm_fwd",
         ctypes.byref(params),
-        int(x.dtype == torch.float16),
+        emulation.TYPES.index(x.dtype),
         inputs=inputs,
         outputs=outputs,
         seed=2,
@@ -90,7 +90,7 @@ def backward(
     emulation.run(
         "gelu_layernorm_bwd",
         ctypes.byref(params),
-        int(x.dtype == torch.float16),
+        emulation.TYPES.index(x.dtype),
         inputs=inputs,
         outputs=outputs,
         seed=seed,
@@ -116,7 +116,7 @@ def test_params_have_the_cores_layout():
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward_and_backward(shape, dtype, norm_first):
     inputs = arguments(shape, dtype)

@@ -91,6 +91,17 @@ CASES = [
     Case((6, 1, 3, 24), kernel_size=5),
     Case((2, 10, 130, 8), kernel_size=9),
     Case((2, 17, 11, 13), kernel_size=9, dtype=torch.float16),
+    # On the FMA units: float32, and sizes that the band does not fit
+    Case((9, 7, 7, 40), dtype=torch.float32),
+    Case((2, 9, 31, 32), dtype=torch.float32, seed=0),
+    Case((1, 37, 65, 5), dtype=torch.float32, seed=1),
+    Case((3, 1, 1, 24), dtype=torch.float32, kernel_size=3),
+    Case((2, 6, 9, 33), dtype=torch.float32, kernel_size=5, shortcut=False, seed=3),
+    Case((2, 6, 10, 8), dtype=torch.float32, kernel_size=9, affine=False, bias=False),
+    Case((1, 8, 11, 12), dtype=torch.float32, kernel_size=11),
+    Case((1, 14, 9, 4), dtype=torch.float32, kernel_size=13),
+    Case((2, 9, 12, 24), kernel_size=11),
+    Case((1, 13, 30, 7), kernel_size=13, dtype=torch.float16),
     # Options
     Case((2, 9, 9, 16), shortcut=False),
     Case((2, 9, 9, 16), affine=False, bias=False),
@@ -131,7 +142,7 @@ def forward(case: Case, *inputs: Tensor | None, **faults: object) -> tuple[Tenso
         "nested_conv_fwd",
         ctypes.byref(params),
         case.kernel_size,
-        int(case.dtype == torch.float16),
+        emulation.TYPES.index(case.dtype),
         inputs=tensors,
         outputs=poisoned,
         **{"seed": case.seed, **faults},
@@ -150,9 +161,10 @@ def backward(
     h, conv_weight, _, ln_weight, ln_bias = inputs
     _, u, mean, rstd = kept
     N, H, W, C = h.shape
+    type_of = emulation.TYPES.index(case.dtype)
     lib = emulation.library()
     lib.nested_conv_bwd_workspace.restype = ctypes.c_size_t
-    size = lib.nested_conv_bwd_workspace(N, H, W, C, case.kernel_size)
+    size = lib.nested_conv_bwd_workspace(*case.shape, case.kernel_size, type_of)
     poisoned = {
         name: torch.full(shape, torch.nan, dtype=dtype) if need else None
         for name, need, shape, dtype in zip(
@@ -175,7 +187,7 @@ def backward(
         "nested_conv_bwd",
         ctypes.byref(params),
         case.kernel_size,
-        int(case.dtype == torch.float16),
+        emulation.TYPES.index(case.dtype),
         inputs=tensors,
         outputs={**poisoned, "workspace": workspace},
         **{"seed": case.seed, **faults},
@@ -247,8 +259,9 @@ def test_backward(case):
         assert error <= bound(theirs, true) + rounding, f"{name} is off by {error}"
 
 
-def test_results_do_not_depend_on_the_order_of_threads_and_blocks():
-    case = Case((3, 20, 50, 40))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_results_do_not_depend_on_the_order_of_threads_and_blocks(dtype):
+    case = Case((3, 20, 50, 40), dtype=dtype)
     inputs = arguments(case)
     dv = torch.randn(case.shape).to(case.dtype)
     results = []
@@ -306,21 +319,29 @@ def test_every_barrier_of_forward_is_needed(shape):
             forward(case, *inputs, skipped_barrier=site)
 
 
-@pytest.mark.parametrize("shape", [(2, 9, 11, 16), (1, 1, 2, 520)])
-def test_every_barrier_of_backward_is_needed(shape):
-    case = Case(shape)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((2, 9, 11, 16)),
+        Case((1, 1, 2, 520)),
+        Case((2, 9, 11, 16), dtype=torch.float32),
+        Case((2, 9, 11, 16), kernel_size=13),
+    ],
+    ids=str,
+)
+def test_every_barrier_of_backward_is_needed(case):
     inputs = arguments(case)
     dv = torch.randn(case.shape).to(case.dtype)
     kept = forward(case, *inputs)
     backward(case, dv, kept, inputs)
     sites = emulation.barrier_sites()
-    assert sites >= 10
+    assert sites >= 8
     for site in range(sites):
         with pytest.raises(emulation.Fault, match="race in shared memory|no thread wrote"):
             backward(case, dv, kept, inputs, skipped_barrier=site)
 
 
-def test_kernel_size_without_a_band_is_refused():
-    case = Case((1, 5, 5, 8), kernel_size=11)
-    with pytest.raises(emulation.Fault, match="kernel_size must be 3, 5, 7 or 9, got 11"):
+def test_kernel_size_without_a_kernel_is_refused():
+    case = Case((1, 5, 5, 8), kernel_size=15)
+    with pytest.raises(emulation.Fault, match="kernel_size must be 3, 5, 7, 9, 11 or 13, got 15"):
         forward(case, *arguments(case))

@@ -37,3 +37,14 @@ def test_a_chip_with_endless_bandwidth_is_not_bound_by_memory():
     terms = predict.predict(chip, predict.CONVOLUTIONS[0], mix, 56, 576)
     assert terms["memory"] < 1e-6 < terms["issue"]
     assert terms["issue"] == pytest.approx(716 / 4 / 1024 / (56 * 56 * 2 / (59 + 1) / 128), rel=0.1)
+
+
+def test_the_fma_kernels_bound_is_their_products():
+    chip = predict.Chip("fast", "sm_90", 100, 1e9, 1e18, 1024, 64)
+    forward = predict.FMA_CONVOLUTIONS[0]
+    terms = predict.predict_fma(
+        chip, forward, predict.collections.Counter({"FFMA": 343, "LDS": 13})
+    )
+    assert terms["fp32"] == pytest.approx(49 / 64)
+    assert terms["issue"] == pytest.approx(356 / 7 / 128)
+    assert terms["memory"] < 1e-6

@@ -30,27 +30,32 @@ struct DepthwiseArgs {
     int channel_blocks;
 };
 
-template <int K>
+template <Source kSource>
+struct InputStaging {
+    Staging x;
+};
+
+template <>
+struct InputStaging<Source::gelu_gradient> {
+    Staging x, u;
+};
+
+template <int K, Source kSource>
 struct DepthwiseShared {
     Planes planes;
     Bands<K> bands;
     Starts starts;
     QuadOffsets offsets;
-    Staging x;
-    Staging u;  // last: Source::tensor launches without it
+    InputStaging<kSource> staging;
 };
-static_assert(sizeof(DepthwiseShared<7>) <= 81 * 1024);
-
-template <int K>
-constexpr std::size_t depthwise_shared_bytes(Source source) {
-    return sizeof(DepthwiseShared<K>) - (source == Source::tensor ? sizeof(Staging) : 0);
-}
+static_assert(sizeof(DepthwiseShared<7, Source::gelu_gradient>) <= 81 * 1024);
 
 // kVector: 16-byte accesses; C % 8 == 0 and all tensors are 16-byte aligned.
 template <class Element, int K, Source kSource, bool kVector>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
     depthwise_kernel(DepthwiseArgs args) {
-    CONVNEST_SHARED_MEMORY(DepthwiseShared<K>, shared);
+    using Shared = DepthwiseShared<K, kSource>;
+    CONVNEST_SHARED_MEMORY(Shared, shared);
     constexpr std::uint32_t kNoPixel = 0xffffffffu;
     constexpr bool kGelu = kSource == Source::gelu_gradient;
     const Canvas& canvas = args.canvas;
@@ -85,10 +90,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
             const std::uint32_t pixel = walk.pixel + offset[i];
             if (pixel >= args.pixel_count) present &= ~(1u << i);
             const bool exists = present >> i & 1;
-            shared.x.template fetch<kVector>(thread, i, at_pixel(args.x + octet0, pixel, row_bytes),
-                                             channels, exists);
+            shared.staging.x.template fetch<kVector>(
+                thread, i, at_pixel(args.x + octet0, pixel, row_bytes), channels, exists);
             if constexpr (kGelu) {
-                shared.u.template fetch<kVector>(
+                shared.staging.u.template fetch<kVector>(
                     thread, i, at_pixel(args.u + octet0, pixel, row_bytes), channels, exists);
             }
         }
@@ -111,10 +116,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
         async_copy_wait<0>();
         if (!walk.inside(canvas)) return clear_quad(role, shared.planes);
         Octet value[4];
-        shared.x.take(value, thread);
+        shared.staging.x.take(value, thread);
         if constexpr (kGelu) {
             Octet u[4];
-            shared.u.take(u, thread);
+            shared.staging.u.take(u, thread);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -143,8 +148,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
     };
 
     __syncthreads();  // parameters and offsets are in shared memory
-    shared.x.clear(thread);
-    if constexpr (kGelu) shared.u.clear(thread);
+    shared.staging.x.clear(thread);
+    if constexpr (kGelu) shared.staging.u.clear(thread);
     fetch();
     Ring<K> ring[kWarpChannels];
 #pragma unroll
@@ -185,7 +190,7 @@ void launch_depthwise(const char* name, const DepthwiseArgs& args, void* stream)
     run({.kernel = name,
          .grid = dim3(static_cast<unsigned>(args.canvas.items) * args.channel_blocks),
          .block = dim3(kThreads),
-         .shared_bytes = depthwise_shared_bytes<K>(kSource),
+         .shared_bytes = sizeof(DepthwiseShared<K, kSource>),
          .stream = stream},
         depthwise_kernel<Element, K, kSource, kVector>, args);
 }

@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
             }
             if (kGeluNorm) async_copy_commit();
         };
-        // dy has no registers to wait in: it is read first and used last in a fill.
+        // dy has no registers to wait in: it is read and used in a fill, with the norm in between.
         const auto load_dy = [&](Octet(&dy)[4], int row) {
             RowWalk<R> ahead = walk;
             ahead.advance(canvas, R);
@@ -227,8 +227,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
             const auto wrap = [](int slot) { return slot < kRows ? slot : slot - kRows; };
             const int slot = wrap(oldest + wrap(2 * R + role.row));
             Octet dy[4];
-            load_dy(dy, row);
             if (kGeluNorm) {
+                load_dy(dy, row);
                 async_copy_wait<0>();
                 __syncwarp();
                 const QuadNorm norm(shared.statistics, role);
@@ -238,7 +238,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
                     gelu_norm_pair<Element>(x, k, norm, shared.affine, present, role, shared.z, g);
                 }
             } else {
+                // x leaves its registers before dy comes: together they would spill.
                 store_quad(x, present, role, shared.z);
+                load_dy(dy, row);
             }
             if (role.quad > 0) {
 #pragma unroll

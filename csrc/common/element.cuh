@@ -1,5 +1,5 @@
-// The two 16-bit element types, as pairs packed into 32-bit registers: the low half is the element
-// with the lower index. Arithmetic is in float; packing rounds to nearest even.
+// The element types. The two of 16 bits come as pairs packed into 32-bit registers: the low half is
+// the element with the lower index. Arithmetic is in float; packing rounds to nearest even.
 #pragma once
 
 #include "common/launch.cuh"
@@ -48,6 +48,11 @@ __device__ __forceinline__ std::uint32_t join_high(std::uint32_t a, std::uint32_
 }
 
 struct BFloat16 {
+    using Storage = std::uint16_t;
+    __device__ __forceinline__ static float widen_one(Storage bits) { return low(bits); }
+    __device__ __forceinline__ static Storage round_one(float value) {
+        return static_cast<Storage>(pack(value, 0.f));
+    }
     __device__ __forceinline__ static float low(std::uint32_t pair) {
         return bits_to_float(pair << 16);
     }
@@ -74,6 +79,11 @@ struct BFloat16 {
 };
 
 struct Float16 {
+    using Storage = std::uint16_t;
+    __device__ __forceinline__ static float widen_one(Storage bits) { return low(bits); }
+    __device__ __forceinline__ static Storage round_one(float value) {
+        return static_cast<Storage>(pack(value, 0.f));
+    }
     __device__ __forceinline__ static float low(std::uint32_t pair) {
 #if defined(__CUDACC__)
         return __half2float(__ushort_as_half(static_cast<unsigned short>(pair)));
@@ -110,6 +120,13 @@ struct Float16 {
         return bits;
     }
 #endif
+};
+
+// Float as an element: for the kernels on the FMA units, which take single elements alone.
+struct Float32 {
+    using Storage = float;
+    __device__ __forceinline__ static float widen_one(float value) { return value; }
+    __device__ __forceinline__ static float round_one(float value) { return value; }
 };
 
 // Eight consecutive elements, as one 16-byte access moves them.

@@ -3,6 +3,6 @@
 
 namespace convnest::cuda {
 
-enum class ElementType { bfloat16, float16 };
+enum class ElementType { bfloat16, float16, float32 };
 
 }  // namespace convnest::cuda

@@ -9,11 +9,13 @@
 // NaN stays NaN. GELU(+∞) is NaN (eager: +∞), GELU(−∞) is NaN as in eager.
 #pragma once
 
-#include "common/launch.cuh"
+#include <type_traits>
 
-#if !defined(__CUDACC__)
+#include "common/element.cuh"
+#include "common/math.h"
+
 #include <cmath>
-#endif
+#include <cstring>
 
 namespace convnest::cuda {
 
@@ -50,6 +52,53 @@ __device__ __forceinline__ float gelu_slope_fast(float x) {
     const float tail = normal_tail(fabsf(x));
     const float density = exp2_fast(fmaf(x * kMinusHalfLog2E, x, kLog2InvSqrt2Pi));
     return fmaf(x, density, x < 0.f ? tail : 1.f - tail);
+}
+
+// The exact form of common/math.h in float, for float32 activations.
+struct ScalarOps {
+    using F = float;
+    CONVNEST_INLINE F magnitude(F x) { return fabsf(x); }
+    CONVNEST_INLINE F minimum(F x, float bound) { return x < bound ? x : bound; }
+    CONVNEST_INLINE F reciprocal(F x) {
+#if defined(__CUDA_ARCH__)
+        float y;
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+        return y;
+#else
+        return 1.f / x;
+#endif
+    }
+    CONVNEST_INLINE F if_negative(F x, F a, F b) { return x < 0.f ? a : b; }
+    CONVNEST_INLINE F exponent(F shifted) {
+#if defined(__CUDA_ARCH__)
+        return __uint_as_float(__float_as_uint(shifted) << 23);
+#else
+        std::uint32_t bits;
+        std::memcpy(&bits, &shifted, sizeof bits);
+        bits <<= 23;
+        std::memcpy(&shifted, &bits, sizeof bits);
+        return shifted;
+#endif
+    }
+};
+
+// GELU and its derivative, as exact as activations of this type can tell.
+template <class Element>
+__device__ __forceinline__ float gelu_of(float x) {
+    if constexpr (std::is_same_v<Element, Float32>) {
+        return gelu<ScalarOps>(x);
+    } else {
+        return gelu_fast(x);
+    }
+}
+
+template <class Element>
+__device__ __forceinline__ float gelu_slope_of(float x) {
+    if constexpr (std::is_same_v<Element, Float32>) {
+        return gelu_and_grad<ScalarOps>(x).grad;
+    } else {
+        return gelu_slope_fast(x);
+    }
 }
 
 }  // namespace convnest::cuda

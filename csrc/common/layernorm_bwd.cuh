@@ -1,4 +1,4 @@
-// The backward of a LayerNorm beside a GELU over rows of 16-bit elements, in one pass:
+// The backward of a LayerNorm beside a GELU over rows, in one pass:
 //
 //     kGeluThenNorm   y = LN(GELU(x)):  g = GELU(x), ẑ = (g − mean)·rstd, a = dy·γ
 //                     dx = GELU'(x) ⊙ ((a − m1 − ẑ·m2)·rstd [+ extra]),   m1 = mean(a), m2 =
@@ -29,15 +29,15 @@ constexpr int kMostRowOctets = 2;
 constexpr int kMostRowChannels = kRowThreads * kMostRowOctets * 8;
 
 struct LayerNormBwdArgs {
-    const std::uint16_t* dy;     // [rows, C]
-    const std::uint16_t* x;      // [rows, C]
-    const std::uint16_t* extra;  // [rows, C] or null: added to the gradient of the norm's input
-    const float* mean;           // [rows]
-    const float* rstd;           // [rows]
-    const float* ln_weight;      // [C] or null
-    const float* ln_bias;        // [C] or null; norm_then_gelu only
-    std::uint16_t* dx;           // [rows, C] or null
-    float* partials;             // [groups, 2, C] or null: of dγ and dβ
+    const void* dy;          // [rows, C]
+    const void* x;           // [rows, C]
+    const void* extra;       // [rows, C] or null: added to the gradient of the norm's input
+    const float* mean;       // [rows]
+    const float* rstd;       // [rows]
+    const float* ln_weight;  // [C] or null
+    const float* ln_bias;    // [C] or null; norm_then_gelu only
+    void* dx;                // [rows, C] or null
+    float* partials;         // [groups, 2, C] or null: of dγ and dβ
     std::uint32_t rows;
     int C;
     int threads_per_row;
@@ -60,11 +60,15 @@ __global__ void __launch_bounds__(kRowThreads) layernorm_bwd_kernel(LayerNormBwd
     const std::uint32_t group = blockIdx.x * sets + set;
     const int warps = args.threads_per_row / kWarpSize;
 
+    using Storage = typename Element::Storage;
+    using Vector = RowVector<Element>;
     struct Vectors {
-        Octet dy[kOctets], x[kOctets], extra[kOctets];
+        Vector dy[kOctets], x[kOctets], extra[kOctets];
         float mean, rstd;
     };
     const auto octet_of = [&](int o) { return lane + o * args.threads_per_row; };
+    // Two vectors of float are read again for the last step, from a nearer cache, instead of held.
+    constexpr bool kAgain = kOctets == 2 && sizeof(Storage) == 4;
     const auto load = [&](Vectors& v, std::uint32_t row) {
         v = Vectors{};
         if (row >= args.rows) return;
@@ -75,15 +79,14 @@ __global__ void __launch_bounds__(kRowThreads) layernorm_bwd_kernel(LayerNormBwd
         for (int o = 0; o < kOctets; ++o) {
             const int channel = octet_of(o) * 8, channels = args.C - channel;
             if (channels <= 0) continue;
-            v.dy[o] = load_octet<kVector>(args.dy + first + channel, channels);
-            v.x[o] = load_octet<kVector>(args.x + first + channel, channels);
-            if (args.extra != nullptr) {
-                v.extra[o] = load_octet<kVector>(args.extra + first + channel, channels);
-            }
+            const auto read = [&](const void* tensor) {
+                return Vector::template load<kVector>(
+                    static_cast<const Storage*>(tensor) + first + channel, channels);
+            };
+            v.dy[o] = read(args.dy);
+            v.x[o] = read(args.x);
+            if (args.extra != nullptr && !kAgain) v.extra[o] = read(args.extra);
         }
-    };
-    const auto element = [](const Octet& octet, int i) {
-        return i % 2 == 0 ? Element::low(octet.pair[i / 2]) : Element::high(octet.pair[i / 2]);
     };
     float gamma_register[8], beta[kOctets][8], dgamma[kOctets][8], dbeta[kOctets][8];
 #pragma unroll
@@ -108,7 +111,8 @@ __global__ void __launch_bounds__(kRowThreads) layernorm_bwd_kernel(LayerNormBwd
         return kOctets == 1 ? gamma_register[i]
                             : load_shared<float>(&shared.gamma[o * 8 + i][threadIdx.x]);
     };
-    constexpr bool kAhead = kOctets == 1;
+    // Vectors of float take twice the registers.
+    constexpr bool kAhead = kOctets == 1 && sizeof(Storage) == 2;
     Vectors next;
     if (kAhead) load(next, group);
     int parity = 0;
@@ -128,12 +132,12 @@ __global__ void __launch_bounds__(kRowThreads) layernorm_bwd_kernel(LayerNormBwd
                 const bool exists =
                     kVector ? octet_of(o) * 8 < args.C : octet_of(o) * 8 + i < args.C;
                 const float gamma = gamma_of(o, i);
-                float value = element(v.x[o], i);
-                if (kOrder == NormOrder::gelu_then_norm) value = gelu_fast(value);
+                float value = v.x[o].get(i);
+                if (kOrder == NormOrder::gelu_then_norm) value = gelu_of<Element>(value);
                 normal[o][i] = exists ? (value - v.mean) * v.rstd : 0.f;
-                dy[o][i] = element(v.dy[o], i);
+                dy[o][i] = v.dy[o].get(i);
                 if (kOrder == NormOrder::norm_then_gelu) {
-                    dy[o][i] *= gelu_slope_fast(fmaf(normal[o][i], gamma, beta[o][i]));
+                    dy[o][i] *= gelu_slope_of<Element>(fmaf(normal[o][i], gamma, beta[o][i]));
                 }
                 dgamma[o][i] = fmaf(dy[o][i], normal[o][i], dgamma[o][i]);
                 dbeta[o][i] += dy[o][i];
@@ -164,23 +168,26 @@ __global__ void __launch_bounds__(kRowThreads) layernorm_bwd_kernel(LayerNormBwd
         for (int o = 0; o < kOctets; ++o) {
             const int channel = octet_of(o) * 8, channels = args.C - channel;
             if (channels <= 0) continue;
-            Octet dx;
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                float d[2];
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    const int i = 2 * k + j;
-                    d[j] =
-                        fmaf(dy[o][i] - fmaf(normal[o][i], m2, m1), v.rstd, element(v.extra[o], i));
-                    if (kOrder == NormOrder::gelu_then_norm) {
-                        d[j] *= gelu_slope_fast(element(v.x[o], i));
-                    }
-                }
-                dx.pair[k] = Element::pack(d[0], d[1]);
+            Vector x = v.x[o], extra = v.extra[o];
+            if (kAgain) {
+                const std::size_t first = static_cast<std::size_t>(row) * args.C;
+                const auto read = [&](const void* tensor) {
+                    return Vector::template load<kVector>(
+                        static_cast<const Storage*>(tensor) + first + channel, channels);
+                };
+                if (kOrder == NormOrder::gelu_then_norm) x = read(args.x);
+                if (args.extra != nullptr) extra = read(args.extra);
             }
-            store_octet<kVector>(args.dx + static_cast<std::size_t>(row) * args.C + channel, dx,
-                                 channels);
+            float dx[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                dx[i] = fmaf(dy[o][i] - fmaf(normal[o][i], m2, m1), v.rstd, extra.get(i));
+                if (kOrder == NormOrder::gelu_then_norm) {
+                    dx[i] *= gelu_slope_of<Element>(x.get(i));
+                }
+            }
+            Storage* out = static_cast<Storage*>(args.dx) + static_cast<std::size_t>(row) * args.C;
+            Vector::template store<kVector>(out + channel, dx, channels);
         }
     }
 

@@ -1,4 +1,4 @@
-// LayerNorm over rows of 16-bit elements, or its statistics alone; f = GELU(x) or x:
+// LayerNorm over rows, or its statistics alone; f = GELU(x) or x:
 //
 //     mean, rstd = 1/√(var + eps) of f      two passes in float (the mean first, then the centred
 //                                           squares), over registers for C <= 8192
@@ -12,19 +12,19 @@
 
 #include "common/element.cuh"
 #include "common/gelu.cuh"
-#include "common/planes.cuh"
+#include "common/row_vector.cuh"
 
 namespace convnest::cuda {
 
 struct RowStatisticsParams {
-    const std::uint16_t* x;  // [rows, C]
-    float* mean;             // [rows] or null
-    float* rstd;             // [rows] or null
+    const void* x;  // [rows, C]
+    float* mean;    // [rows] or null
+    float* rstd;    // [rows] or null
     std::uint32_t rows;
     int C;
     int threads_per_row;
     float eps;
-    std::uint16_t* y;        // [rows, C]; unless RowOutput::statistics, as the two below
+    void* y;                 // [rows, C]; unless RowOutput::statistics, as the two below
     const float* ln_weight;  // [C] or null
     const float* ln_bias;    // [C] or null
 };
@@ -67,21 +67,19 @@ __global__ void __launch_bounds__(kThreads, kVector ? 2 : 1)
     const int rows_per_block = kThreads / p.threads_per_row;
     const std::uint32_t row = blockIdx.x * rows_per_block + threadIdx.x / p.threads_per_row;
     const int octets = row < p.rows ? (p.C + 7) / 8 : 0;
-    const std::uint16_t* x = p.x + static_cast<std::size_t>(row) * p.C;
+    using Storage = typename Element::Storage;
+    const Storage* x = static_cast<const Storage*>(p.x) + static_cast<std::size_t>(row) * p.C;
 
-    const auto widen = [&](const Octet& octet, float (&value)[8]) {
+    const auto widen = [&](const RowVector<Element>& vector, float (&value)[8]) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            value[2 * k] = Element::low(octet.pair[k]);
-            value[2 * k + 1] = Element::high(octet.pair[k]);
-        }
+        for (int i = 0; i < 8; ++i) value[i] = vector.get(i);
         if (kGelu) {
 #pragma unroll
-            for (int i = 0; i < 8; ++i) value[i] = gelu_fast(value[i]);
+            for (int i = 0; i < 8; ++i) value[i] = gelu_of<Element>(value[i]);
         }
     };
     const auto read = [&](int octet) {
-        return load_octet<kVector>(x + octet * 8, p.C - octet * 8);
+        return RowVector<Element>::template load<kVector>(x + octet * 8, p.C - octet * 8);
     };
     const auto squares = [&](const float (&value)[8], int octet, float mean) {
         float sum = 0.f;
@@ -93,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? 2 : 1)
         return sum;
     };
 
-    Octet raw[kHeld];
+    RowVector<Element> raw[kHeld];
     float held[kHeld][8];
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) {
@@ -144,13 +142,10 @@ __global__ void __launch_bounds__(kThreads, kVector ? 2 : 1)
                     exists && p.ln_weight ? load_global(p.ln_weight + channel) : 1.f;
                 const float beta = exists && p.ln_bias ? load_global(p.ln_bias + channel) : 0.f;
                 y[i] = fmaf((value[i] - mean) * rstd, gamma, beta);
-                if (kOutput == RowOutput::norm_then_gelu) y[i] = gelu_fast(y[i]);
+                if (kOutput == RowOutput::norm_then_gelu) y[i] = gelu_of<Element>(y[i]);
             }
-            Octet packed;
-#pragma unroll
-            for (int k = 0; k < 4; ++k) packed.pair[k] = Element::pack(y[2 * k], y[2 * k + 1]);
-            store_octet<kVector>(p.y + static_cast<std::size_t>(row) * p.C + octet * 8, packed,
-                                 p.C - octet * 8);
+            Storage* out = static_cast<Storage*>(p.y) + static_cast<std::size_t>(row) * p.C;
+            RowVector<Element>::template store<kVector>(out + octet * 8, y, p.C - octet * 8);
         };
 #pragma unroll
         for (int j = 0; j < kHeld; ++j) {

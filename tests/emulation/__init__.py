@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from convnest_kernels import backends
@@ -35,6 +36,10 @@ FLAGS = [
     *("-std=c++20", "-O2", "-march=x86-64-v3", "-fPIC", "-shared"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
 ]
+
+
+# In the order of csrc/common/element_type.h.
+TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Fault(Exception):  # noqa: N818  (what CUDA's documents call it)

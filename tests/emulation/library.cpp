@@ -2,6 +2,7 @@
 // with the reason in emulation_error(). Buffers that kernels may touch are declared beforehand.
 #include "common/depthwise.cuh"
 #include "common/depthwise_wgrad.cuh"
+#include "dwconv_gelu_layernorm_cuda.h"
 #include "gelu_layernorm_cuda.h"
 #include "guarded.h"
 #include "nested_conv.cuh"
@@ -10,9 +11,8 @@ namespace {
 
 using convnest::cuda::ElementType;
 
-ElementType element_type(int float16) {
-    return float16 ? ElementType::float16 : ElementType::bfloat16;
-}
+// In the order of emulation.TYPES.
+ElementType element_type(int type) { return static_cast<ElementType>(type); }
 
 }  // namespace
 
@@ -30,7 +30,7 @@ void emulation_configure(unsigned seed, int skipped_barrier, int check_races) {
 int shared_bytes_of_7x7(int kernel) {
     using namespace convnest::cuda;
     const std::size_t bytes[] = {sizeof(NestedConvFwdShared<7>),
-                                 depthwise_shared_bytes<7>(Source::gelu_gradient),
+                                 sizeof(DepthwiseShared<7, Source::gelu_gradient>),
                                  sizeof(DepthwiseWgradShared<7>)};
     return static_cast<int>(bytes[kernel]);
 }
@@ -57,25 +57,52 @@ void emulation_declare(const char* name, const void* address, std::size_t bytes,
 
 std::size_t nested_conv_fwd_params_bytes() { return sizeof(convnest::cuda::NestedConvFwdParams); }
 
-int nested_conv_fwd(const convnest::cuda::NestedConvFwdParams* params, int kernel_size,
-                    int float16) {
+int nested_conv_fwd(const convnest::cuda::NestedConvFwdParams* params, int kernel_size, int type) {
     return emulation::guarded([&] {
-        convnest::cuda::launch_nested_conv_fwd(*params, kernel_size, element_type(float16),
-                                               nullptr);
+        convnest::cuda::launch_nested_conv_fwd(*params, kernel_size, element_type(type), nullptr);
     });
 }
 
 std::size_t nested_conv_bwd_params_bytes() { return sizeof(convnest::cuda::NestedConvBwdParams); }
 
-std::size_t nested_conv_bwd_workspace(int N, int H, int W, int C, int kernel_size) {
-    return convnest::cuda::nested_conv_bwd_workspace_bytes(N, H, W, C, kernel_size);
+std::size_t nested_conv_bwd_workspace(int N, int H, int W, int C, int kernel_size, int type) {
+    return convnest::cuda::nested_conv_bwd_workspace_bytes(N, H, W, C, kernel_size,
+                                                           element_type(type));
 }
 
-int nested_conv_bwd(const convnest::cuda::NestedConvBwdParams* params, int kernel_size,
-                    int float16) {
+int nested_conv_bwd(const convnest::cuda::NestedConvBwdParams* params, int kernel_size, int type) {
     return emulation::guarded([&] {
-        convnest::cuda::launch_nested_conv_bwd(*params, kernel_size, element_type(float16),
-                                               nullptr);
+        convnest::cuda::launch_nested_conv_bwd(*params, kernel_size, element_type(type), nullptr);
+    });
+}
+
+std::size_t dwconv_gelu_layernorm_fwd_params_bytes() {
+    return sizeof(convnest::cuda::DwconvGeluLayerNormFwdParams);
+}
+
+int dwconv_gelu_layernorm_fwd(const convnest::cuda::DwconvGeluLayerNormFwdParams* params,
+                              int kernel_size, int type) {
+    return emulation::guarded([&] {
+        convnest::cuda::launch_dwconv_gelu_layernorm_fwd(*params, kernel_size, element_type(type),
+                                                         nullptr);
+    });
+}
+
+std::size_t dwconv_gelu_layernorm_bwd_params_bytes() {
+    return sizeof(convnest::cuda::DwconvGeluLayerNormBwdParams);
+}
+
+std::size_t dwconv_gelu_layernorm_bwd_workspace(int N, int H, int W, int C, int kernel_size,
+                                                int type) {
+    return convnest::cuda::dwconv_gelu_layernorm_bwd_workspace_bytes(N, H, W, C, kernel_size,
+                                                                     element_type(type));
+}
+
+int dwconv_gelu_layernorm_bwd(const convnest::cuda::DwconvGeluLayerNormBwdParams* params,
+                              int kernel_size, int type) {
+    return emulation::guarded([&] {
+        convnest::cuda::launch_dwconv_gelu_layernorm_bwd(*params, kernel_size, element_type(type),
+                                                         nullptr);
     });
 }
 
@@ -91,16 +118,14 @@ std::size_t gelu_layernorm_bwd_workspace(int rows, int C) {
     return convnest::cuda::gelu_layernorm_bwd_workspace_bytes(rows, C);
 }
 
-int gelu_layernorm_fwd(const convnest::cuda::GeluLayerNormFwdParams* params, int float16) {
-    return emulation::guarded([&] {
-        convnest::cuda::launch_gelu_layernorm_fwd(*params, element_type(float16), nullptr);
-    });
+int gelu_layernorm_fwd(const convnest::cuda::GeluLayerNormFwdParams* params, int type) {
+    return emulation::guarded(
+        [&] { convnest::cuda::launch_gelu_layernorm_fwd(*params, element_type(type), nullptr); });
 }
 
-int gelu_layernorm_bwd(const convnest::cuda::GeluLayerNormBwdParams* params, int float16) {
-    return emulation::guarded([&] {
-        convnest::cuda::launch_gelu_layernorm_bwd(*params, element_type(float16), nullptr);
-    });
+int gelu_layernorm_bwd(const convnest::cuda::GeluLayerNormBwdParams* params, int type) {
+    return emulation::guarded(
+        [&] { convnest::cuda::launch_gelu_layernorm_bwd(*params, element_type(type), nullptr); });
 }
 
 }  // extern "C"
