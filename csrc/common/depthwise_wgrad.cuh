@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
         __syncthreads();
 
         RowWalk<R> walk(canvas, item, role.row);  // of z; that of dy is R rows ahead
-        Octet x[4] = {};                          // the next stage's, on its way
+        Octet x[4] = {};                          // with the norm: the next stage's, on its way
         unsigned present;
         const auto load_x = [&] {
             present = walk.inside(canvas) ? pixels & 15 : 0;
@@ -213,7 +213,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
                 }
             }
         };
-        load_x();
+        // Without a norm x does not wait in registers: beside dy in the fill it would spill.
+        if (kGeluNorm) load_x();
         // Rows of dy above the item's are zero: slots 0 .. 2R − 1.
         if (role.quad > 0) {
             for (int slot = role.row; slot < 2 * R; slot += kStageRows) {
@@ -238,8 +239,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
                     gelu_norm_pair<Element>(x, k, norm, shared.affine, present, role, shared.z, g);
                 }
             } else {
-                // x leaves its registers before dy comes: together they would spill.
+                load_x();
                 store_quad(x, present, role, shared.z);
+                keep_order();
                 load_dy(dy, row);
             }
             if (role.quad > 0) {
@@ -253,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
             }
             __syncthreads();
             walk.advance(canvas, kStageRows);
-            if (row + kStageRows < item.end + R) load_x();
+            if (kGeluNorm && row + kStageRows < item.end + R) load_x();
 #pragma unroll
             for (int c = 0; c < kWarpChannels; ++c) {
                 correlate_stage<Element, K>(sums[c], shared.bias, shared.z.bytes, shared.dy, oldest,

@@ -57,6 +57,14 @@ __device__ __forceinline__ void store_shared(void* address, T value) {
 #endif
 }
 
+// Keeps the compiler from moving accesses across: it trades registers for latency where there are
+// none to spare. Nothing happens at run time.
+__device__ __forceinline__ void keep_order() {
+#if defined(__CUDACC__)
+    asm volatile("" ::: "memory");
+#endif
+}
+
 // 16 bytes, or a float, from global to shared memory, seen by this thread after async_copy_wait(),
 // and by the others after a barrier behind that.
 __device__ __forceinline__ void async_copy16(void* shared, const void* global) {
