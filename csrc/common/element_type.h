@@ -3,6 +3,6 @@
 
 namespace convnest::cuda {
 
-enum class ElementType { bfloat16, float16, float32 };
+enum class ElementType { float32, bfloat16, float16 };
 
 }  // namespace convnest::cuda

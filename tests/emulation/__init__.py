@@ -39,7 +39,7 @@ FLAGS = [
 
 
 # In the order of csrc/common/element_type.h.
-TYPES = (torch.bfloat16, torch.float16, torch.float32)
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Fault(Exception):  # noqa: N818  (what CUDA's documents call it)
