@@ -244,7 +244,9 @@ class _Cuda:
         dtype: int,
         stream: int,
     ) -> None: ...
-    def nested_conv_backward_workspace(self, N: int, H: int, W: int, C: int, K: int) -> int: ...
+    def nested_conv_backward_workspace(
+        self, N: int, H: int, W: int, C: int, K: int, dtype: int
+    ) -> int: ...
     def nested_conv_backward(
         self,
         dv: int,

@@ -35,11 +35,13 @@ struct At {
 
 ElementType element_type(int dtype) {
     switch (static_cast<DType>(dtype)) {
+        case DType::kFloat32: return ElementType::float32;
         case DType::kBFloat16: return ElementType::bfloat16;
         case DType::kFloat16: return ElementType::float16;
         default:
-            throw std::invalid_argument("dtype must be 2 (bfloat16) or 3 (float16), got " +
-                                        std::to_string(dtype));
+            throw std::invalid_argument(
+                "dtype must be 0 (float32), 2 (bfloat16) or 3 (float16), got " +
+                std::to_string(dtype));
     }
 }
 
@@ -91,13 +93,14 @@ void bind_nested_conv(py::module_& cuda) {
         py::arg("shortcut"), py::arg("dtype"), py::arg("stream"), nogil);
     cuda.def(
         "nested_conv_backward_workspace",
-        [](Size N, Size H, Size W, Size C, int K) -> std::size_t {
+        [](Size N, Size H, Size W, Size C, int K, int dtype) -> std::size_t {
             const Extent extent(N, H, W, C);
-            check_nested_conv(extent.N, extent.H, extent.W, extent.C, K);
+            const ElementType type = element_type(dtype);
+            check_nested_conv(extent.N, extent.H, extent.W, extent.C, K, type);
             if (extent.empty()) return 0;
-            return nested_conv_bwd_workspace_bytes(extent.N, extent.H, extent.W, extent.C, K);
+            return nested_conv_bwd_workspace_bytes(extent.N, extent.H, extent.W, extent.C, K, type);
         },
-        py::arg("N"), py::arg("H"), py::arg("W"), py::arg("C"), py::arg("K"),
+        py::arg("N"), py::arg("H"), py::arg("W"), py::arg("C"), py::arg("K"), py::arg("dtype"),
         "Bytes of the backward's workspace.");
     cuda.def(
         "nested_conv_backward",

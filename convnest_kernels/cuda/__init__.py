@@ -19,12 +19,12 @@ from convnest_kernels.cuda import _host
 name = "cuda"
 
 # What there are kernels for; tests hold the core's own checks against it.
-HALF = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
-    "nested_conv": HALF,
-    "gelu_layernorm": HALF,
+    "nested_conv": FLOATS,
+    "gelu_layernorm": FLOATS,
 }
-KERNEL_SIZES = {"nested_conv": (3, 5, 7, 9)}
+KERNEL_SIZES = {"nested_conv": (3, 5, 7, 9, 11, 13)}
 MAX_CHANNELS = 8192  # what the backward of a norm holds in the registers of a block
 MAX_ROWS = 2**31  # pixels are counted in 32 bits
 

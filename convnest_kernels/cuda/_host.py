@@ -60,10 +60,16 @@ def launch(
     if emulation is not None:
         emulation.watch(inputs, outputs)
     kernels = core()
-    dtype = getattr(kernels, str(x.dtype).removeprefix("torch."))
+    dtype = dtype_code(x)
     addresses = [address(tensor) for tensor in (*inputs, *outputs)]
     with _device_of(x):
         getattr(kernels, function)(*addresses, *numbers, dtype, _stream_of(x))
+
+
+def dtype_code(x: Tensor) -> int:
+    """The core's number for the dtype of x."""
+    code: int = getattr(core(), str(x.dtype).removeprefix("torch."))
+    return code
 
 
 def workspace(x: Tensor, size: int) -> Tensor:

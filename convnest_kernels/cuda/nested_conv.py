@@ -8,6 +8,7 @@ from torch import Tensor
 
 from convnest_kernels.cuda._host import (
     core,
+    dtype_code,
     launch,
     new_gradient,
     new_output,
@@ -63,7 +64,7 @@ def backward(
         new_output(h, needs[0]),
         *(new_gradient(h, shape, need) for shape, need in zip(shapes, needs[1:], strict=True)),
     )
-    size = core().nested_conv_backward_workspace(*h.shape, kernel_size)
+    size = core().nested_conv_backward_workspace(*h.shape, kernel_size, dtype_code(h))
     launch(
         "nested_conv_backward",
         [dv, h, u, mean, rstd, *parameters],
