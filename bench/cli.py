@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +126,20 @@ def _begin(store: Store, args: argparse.Namespace) -> None:
     def change(results: dict[str, Any]) -> None:
         results["machine"] = machine.describe(args.device)
         results["limits"] = found
-        command = f"python -m bench {shlex.join(args.command)}".strip()
+        command = f"python -m bench {shlex.join(_without_folder(args.command))}".strip()
         if command not in results["commands"]:
             results["commands"].append(command)
 
     store.update(change)
+
+
+def _without_folder(command: Sequence[str]) -> list[str]:
+    """A command line without --out: where a folder was does not matter to who repeats the run."""
+    kept = list(command)
+    if "--out" in kept:
+        at = kept.index("--out")
+        kept[at : at + 2] = []
+    return kept
 
 
 def _doctor(folder: Path) -> bool:
@@ -138,9 +148,12 @@ def _doctor(folder: Path) -> bool:
     command = [sys.executable, "-m", "convnest_kernels", "doctor", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "doctor.json").write_text(done.stdout)
     if done.returncode:
-        print(f"doctor failed: see {folder / 'doctor.json'}", file=sys.stderr)
+        print(f"doctor failed:\n{done.stderr}{done.stdout}", file=sys.stderr)
+    with suppress(ValueError):  # it may have ended before it wrote its report
+        report_ = json.loads(done.stdout)
+        report_["extension"].pop("path", None)  # of interest to nobody else
+        (folder / "doctor.json").write_text(json.dumps(report_, indent=1) + "\n")
     return bool(done.returncode)
 
 

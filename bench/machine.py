@@ -90,6 +90,7 @@ def conditions(device: str) -> dict[str, Any]:
     return {
         "affinity": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "threads": torch.get_num_threads(),
+        "commit": commit(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "clocks": gpu().get("nvidia-smi") if device == "cuda" else None,
     }

@@ -108,13 +108,18 @@ def print_table(results: dict[str, Any]) -> None:
 def markdown(results: dict[str, Any]) -> str:
     """All cells, the machine with its limits, and, in its own section, what is only predicted."""
     machine = results["machine"] or {}
+    commits = {
+        record["conditions"]["commit"]
+        for record in results["records"].values()
+        if record.get("conditions", {}).get("commit")
+    } or {machine.get("commit")}
     versions = ", ".join(f"{n} {v}" for n, v in machine.get("versions", {}).items())
     lines = [
         "# Benchmark results",
         "",
         f"Machine: {machine.get('gpu') or machine.get('processor')} "
         f"({machine.get('family')}, kernels for {machine.get('isa')}), {machine.get('system')}. "
-        f"Versions: Python {machine.get('python')}, {versions}. Commit {machine.get('commit')}.",
+        f"Versions: Python {machine.get('python')}, {versions}. Taken at {', '.join(sorted(map(str, commits)))}.",
         "",
         "Commands:",
         "",
