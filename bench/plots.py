@@ -137,9 +137,9 @@ def roofline(pyplot: Any, results: dict[str, Any]) -> Any:
         peak, levels = limits["float32"], [("copy", limits["copy"])]
     else:
         peak = limits["float32_flops"] * pairs[0][0].threads
-        sizes = [f"{size >> 10} KiB" for size, _ in limits["bandwidths"]]
+        sizes = [report.size_name(size) for size, _ in limits["bandwidths"]]
         levels = list(zip(sizes, (rate for _, rate in limits["bandwidths"]), strict=True))
-    intensities = [0.25 * 2 ** (i / 8) for i in range(120)]
+    intensities = [0.25 * 2 ** (i / 8) for i in range(100)]
     for i, (name, rate) in enumerate(levels):
         roof = [min(peak, rate * x) / 1e9 for x in intensities]
         shade = str(0.75 - 0.22 * i)

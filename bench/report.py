@@ -119,7 +119,8 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         f"Machine: {machine.get('gpu') or machine.get('processor')} "
         f"({machine.get('family')}, kernels for {machine.get('isa')}), {machine.get('system')}. "
-        f"Versions: Python {machine.get('python')}, {versions}. Taken at {', '.join(sorted(map(str, commits)))}.",
+        f"Versions: Python {machine.get('python')}, {versions}. "
+        f"Taken at {', '.join(sorted(map(str, commits)))}.",
         "",
         "Commands:",
         "",
@@ -146,6 +147,11 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def size_name(size: int) -> str:
+    """Bytes in KiB or MiB."""
+    return f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"
+
+
 def _limits(limits: dict[str, Any] | None) -> list[str]:
     if limits is None:
         return []
@@ -157,7 +163,7 @@ def _limits(limits: dict[str, Any] | None) -> list[str]:
         ]
         return ["Measured limits: " + ", ".join(rates) + "."]
     copies = ", ".join(
-        f"{rate / 1e9:.0f} GB/s within {size / 1024:.0f} KiB" for size, rate in limits["bandwidths"]
+        f"{rate / 1e9:.0f} GB/s within {size_name(size)}" for size, rate in limits["bandwidths"]
     )
     return [
         f"Measured limits of one core: {limits['float32_flops'] / 1e9:.0f} GFLOP/s float32 FMA, "
