@@ -200,7 +200,8 @@ class _NestedBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        inputs, kept = ctx.saved_tensors[:_INPUTS], ctx.saved_tensors[_INPUTS:]
+        saved = ctx.saved_tensors  # once: under activation checkpointing each access unpacks
+        inputs, kept = saved[:_INPUTS], saved[_INPUTS:]
         eps, shortcut = ctx.options
         needs = ctx.needs_input_grad[:_INPUTS]
         if _contract.differentiates_twice():
