@@ -161,7 +161,7 @@ def _measure(cell: Cell, args: argparse.Namespace, found: Any) -> dict[str, Any]
     """A cell in a process of its own, with the allocator that it asks for."""
     request = {
         "cell": dataclasses.asdict(cell),
-        "peers": args.peers or contenders.default_for(cell.device),
+        "peers": args.peers or contenders.default_for(cell.device, cell.subject),
         "budget": args.budget,
         "limits": found,
     }

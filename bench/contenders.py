@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import runtimes, verify
+from bench.cells import NETWORKS
 from bench.runtimes import Prepared, SkipError
 from bench.work import Work
 from convnest_kernels import _extension, backends
@@ -34,14 +35,33 @@ class Contender:
     by_default: bool = True
 
 
+def copies_for(device: str) -> int:
+    """Copies of the inputs that calls take in turn: on a GPU none is left in a cache."""
+    return 3 if device == "cuda" else 1
+
+
 def run_torch(
     work: Work, form: str, module: nn.Module, function: Any = None, **scope: Any
 ) -> Prepared:
     """A torch module (called through `function`, where it is compiled) as a contender."""
     function = module if function is None else function
-    inputs = work.inputs_for(form)
-    parameters = dict(module.named_parameters())
+    if work.step is not None:
+        return _run_steps(work, form, module, function, **scope)
+    first, *others = (
+        _run_on(work, work.inputs_for(form), module, function)
+        for _ in range(copies_for(work.cell.device))
+    )
+    return Prepared(
+        first.call,
+        first.results,
+        module,
+        first.forward,
+        others=tuple(other.call for other in others),
+        **scope,
+    )
 
+
+def _run_on(work: Work, inputs: tuple[Tensor, ...], module: nn.Module, function: Any) -> Prepared:
     def forward() -> Tensor:
         return function(*inputs)
 
@@ -51,20 +71,11 @@ def run_torch(
             with torch.no_grad():
                 return forward()
 
-        return Prepared(infer, lambda: {"output": infer()}, module, forward, **scope)
+        return Prepared(infer, lambda: {"output": infer()}, module, forward)
 
-    wanted = [*(x for x in inputs if x.requires_grad), *parameters.values()]
-    names = [f"dinput{i}" for i, x in enumerate(inputs) if x.requires_grad]
-    names += [f"d{name}" for name in parameters]
-
-    if work.step is not None:
-
-        def gradients() -> dict[str, Tensor]:
-            y = forward()
-            grads = torch.autograd.grad(verify.objective(work, y, 0), wanted)
-            return {"output": y.detach(), **dict(zip(names, grads, strict=True))}
-
-        return Prepared(work.step(function, inputs), gradients, module, forward, **scope)
+    parameters = dict(module.named_parameters())
+    wanted = [*inputs, *parameters.values()]
+    names = [f"dinput{i}" for i in range(len(inputs))] + [f"d{name}" for name in parameters]
 
     def train() -> tuple[Tensor, tuple[Tensor, ...]]:
         y = forward()
@@ -74,7 +85,25 @@ def run_torch(
         y, grads = train()
         return {"output": y.detach(), **dict(zip(names, grads, strict=True))}
 
-    return Prepared(train, results, module, forward, **scope)
+    return Prepared(train, results, module, forward)
+
+
+def _run_steps(work: Work, form: str, module: nn.Module, function: Any, **scope: Any) -> Prepared:
+    """Whole training steps are timed; logits and gradients before the first one are checked."""
+    assert work.step is not None
+    inputs = work.inputs_for(form)
+    parameters = dict(module.named_parameters())
+
+    def forward() -> Tensor:
+        return function(*inputs)
+
+    def results() -> dict[str, Tensor]:
+        y = forward()
+        grads = torch.autograd.grad(verify.objective(work, y, 0), list(parameters.values()))
+        names = [f"d{name}" for name in parameters]
+        return {"output": y.detach(), **dict(zip(names, grads, strict=True))}
+
+    return Prepared(work.step(function, inputs), results, module, forward, **scope)
 
 
 def _ours(backend: str) -> Callable[[Work], Prepared]:
@@ -228,7 +257,7 @@ CONTENDERS = {
         Contender("native-depthwise", _cudnn(False), devices=GPU),
         Contender("compile-nhwc", _compiled("nhwc")),
         Contender("compile-nchw", _compiled("nchw")),
-        # It compiles for minutes on a CPU.
+        # It compiles for minutes.
         Contender("compile-max-autotune", _compiled("nchw", "max-autotune"), by_default=False),
         Contender("onnxruntime", runtimes.onnxruntime, devices=CPU),
         Contender("openvino", runtimes.openvino, devices=CPU),
@@ -241,10 +270,11 @@ CONTENDERS = {
 }
 
 
-def default_for(device: str) -> list[str]:
-    """The contenders of a device, without those that are there by name only."""
+def default_for(device: str, subject: str = "block") -> list[str]:
+    """The contenders of a device; max-autotune on a GPU only, and not for whole networks."""
     return [
         contender.name
         for contender in CONTENDERS.values()
-        if device in contender.devices and (contender.by_default or device == "cuda")
+        if device in contender.devices
+        and (contender.by_default or (device == "cuda" and subject not in NETWORKS))
     ]

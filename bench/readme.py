@@ -164,11 +164,16 @@ def _operator_table(pairs: list[Any]) -> list[str]:
         "|---|---|---|---|",
     ]
     for (subject, mode, dtype, batch, _), found in groups.items():
-        ratios = [_bold(_versus_peer(record)) for _, record in found]
-        floors = []
-        for _, record in found:
-            ours = report.ours(record)
-            assert ours is not None
+        by_stage = {cell.stage: record for cell, record in found}
+        ratios, floors = [], []
+        for stage in range(1, 5):
+            record = by_stage.get(stage)
+            ours = report.ours(record) if record else None
+            if record is None or ours is None:
+                ratios.append("–")
+                floors.append("–")
+                continue
+            ratios.append(_bold(_versus_peer(record)))
             bound = record.get("floor")
             floors.append(f"{bound / record['contenders'][ours]['median']:.0%}" if bound else "–")
         lines.append(

@@ -55,9 +55,8 @@ class Cost:
 class Work:
     """A cell's forms (at least "ours" and "nhwc"), inputs, cotangent and cost.
 
-    `step` replaces forward and backward by a caller's own training step; `check_images` bounds how
-    many images are checked where float64 would take minutes; `baselines` are networks of their own
-    that are timed beside and checked against themselves.
+    `step` replaces forward and backward by a whole training step; `baselines` are networks of their
+    own that are timed beside and checked against themselves.
     """
 
     cell: Cell
@@ -69,7 +68,6 @@ class Work:
     baselines: dict[str, Callable[[], nn.Module]]
     step: Callable[[nn.Module, Sequence[Tensor]], Callable[[], Any]] | None = None
     reference_form: str = "nhwc"
-    check_images: int | None = None
 
     def inputs_for(self, form: str) -> tuple[Tensor, ...]:
         """The inputs in a form's memory format, new leaves that want gradients in training."""

@@ -86,18 +86,28 @@ def _check(prepared: Prepared, checker: Checker, work: Work, ours: bool) -> floa
 
 
 def _call(prepared: Prepared, cell: Cell) -> Callable[[], Any]:
-    """What is timed: the call in its scope; on a GPU in inference as a graph where it can be."""
+    """What is timed: calls in their scope, on each copy of the inputs in turn.
 
-    def scoped() -> Any:
-        with prepared.scope():
-            return prepared.call()
+    On a GPU an inference call is replayed from a graph, where it can be captured.
+    """
+    calls = []
+    for call in (prepared.call, *prepared.others):
 
-    if cell.device == "cuda" and cell.mode == "infer":
-        try:
-            return timing.as_graph(scoped)
-        except RuntimeError:
-            return scoped
-    return scoped
+        def scoped(call: Callable[[], Any] = call) -> Any:
+            with prepared.scope():
+                return call()
+
+        calls.append(
+            _captured(scoped) if cell.device == "cuda" and cell.mode == "infer" else scoped
+        )
+    return timing.rotate(calls)
+
+
+def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    try:
+        return timing.as_graph(call)
+    except RuntimeError:
+        return call
 
 
 def _floor(work: Work, limits: dict[str, Any] | None) -> float | None:

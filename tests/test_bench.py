@@ -12,7 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cells, cli, compare, contenders, floors, limits, memory, readme, report, timing
+from bench import (
+    cells,
+    cli,
+    compare,
+    contenders,
+    floors,
+    limits,
+    memory,
+    readme,
+    report,
+    timing,
+    worker,
+)
 from bench.cases import OPERATORS, VARIANTS, stage_cases, stages
 from bench.cells import Cell
 from bench.contenders import CONTENDERS
@@ -260,6 +272,23 @@ def test_rotation_goes_round() -> None:
     for _ in range(6):
         run()
     assert sorted(seen[:3]) == [0, 1, 2] and seen[:3] == seen[3:]
+
+
+def test_calls_take_turns_on_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: every copy of the inputs is called, none twice in a row."""
+    monkeypatch.setattr(contenders, "copies_for", lambda device: 3)
+    work = build(small("gelu_layernorm"))
+    seen: list[int] = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x.data_ptr())
+            return x
+
+    call = worker._call(contenders.run_torch(work, "nhwc", Spy()), work.cell)
+    for _ in range(6):
+        call()
+    assert len(set(seen[:3])) == 3 and seen[:3] == seen[3:]
 
 
 def test_memory_of_a_call() -> None:
