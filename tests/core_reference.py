@@ -202,3 +202,24 @@ class Core:
         inputs = (dy, t, x, mean, rstd, g, scale)
         self.cpu.layernorm_residual_backward(*map(address, (*inputs, *grads)), *x.shape, self.code)
         return self.decoded(y), [self.decoded(grad) for grad in grads]
+
+    def nested_block(self, x, parameters, shortcut, dy, recompute="none"):
+        """`parameters` in the operator's order, conv_weight as [D, K * K]; a gradient for each."""
+        x, dy = self.activation(x), self.activation(dy)
+        held = self.parameters(*parameters)
+        sizes = (*x.shape, held[0].shape[0], math.isqrt(held[4].shape[1]))
+        wide, pixels = (*x.shape[:3], sizes[4]), x.shape[:3]
+        y, t = self.empty(x.shape), self.empty(x.shape)
+        h = self.empty(wide) if recompute in ("none", "conv") else None
+        u = self.empty(wide) if recompute == "none" else None
+        mean, rstd, post_mean, post_rstd = (self.empty_parameter(pixels) for _ in range(4))
+        kept = (h, u, mean, rstd, t, post_mean, post_rstd)
+        options = (*sizes, EPS, shortcut, self.code)
+        inputs = [*map(address, (x, *held)), 0]
+        self.cpu.nested_block_forward(inputs, list(map(address, (y, *kept))), *options)
+        grads = self.outputs([x.shape], [p.shape for p in held], (True,) * 12)
+        read = (dy, x, *kept, *held[:7], held[8], held[10])
+        self.cpu.nested_block_backward(
+            list(map(address, read)), list(map(address, grads)), *options
+        )
+        return self.decoded(y), [self.decoded(grad) for grad in grads]

@@ -16,7 +16,7 @@ import torch
 from convnest_kernels import _extension
 
 ROOT = Path(__file__).resolve().parent.parent
-ISAS = ["portable", "avx2", "avx512"]
+ISAS = ["portable", "avx2", "avx512", "avx512bf16"]
 
 
 def run(*command, **environment):

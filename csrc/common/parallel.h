@@ -14,7 +14,7 @@
 
 namespace convnest {
 
-constexpr std::size_t kKeptScratchBytes = std::size_t{64} << 20;
+constexpr std::size_t kKeptScratchBytes = std::size_t{128} << 20;
 
 // One kernel call's work, for run_units. `scratch` is the worker's own, 64-byte aligned; its
 // contents are undefined. `prepare` may be null; it runs once per worker before its first unit.
