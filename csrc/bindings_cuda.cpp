@@ -12,6 +12,7 @@
 
 #include "common/dtype.h"
 #include "driver_cuda.h"
+#include "dwconv_gelu_layernorm_cuda.h"
 #include "gelu_layernorm_cuda.h"
 #include "nested_conv_cuda.h"
 
@@ -137,6 +138,86 @@ void bind_nested_conv(py::module_& cuda) {
         py::arg("shortcut"), py::arg("dtype"), py::arg("stream"), nogil);
 }
 
+void bind_dwconv_gelu_layernorm(py::module_& cuda) {
+    const auto nogil = py::call_guard<py::gil_scoped_release>();
+    cuda.def(
+        "dwconv_gelu_layernorm_forward",
+        [](Address x, Address conv_weight, Address conv_bias, Address ln_weight, Address ln_bias,
+           Address y, Address c, Address mean, Address rstd, Size N, Size H, Size W, Size C, int K,
+           float eps, bool gelu, bool norm_first, int dtype, Address stream) {
+            const Extent extent(N, H, W, C);
+            const DwconvGeluLayerNormFwdParams params{.x = At{x},
+                                                      .conv_weight = At{conv_weight},
+                                                      .conv_bias = At{conv_bias},
+                                                      .ln_weight = At{ln_weight},
+                                                      .ln_bias = At{ln_bias},
+                                                      .y = At{y},
+                                                      .c = At{c},
+                                                      .mean = At{mean},
+                                                      .rstd = At{rstd},
+                                                      .N = extent.N,
+                                                      .H = extent.H,
+                                                      .W = extent.W,
+                                                      .C = extent.C,
+                                                      .eps = eps,
+                                                      .gelu = gelu,
+                                                      .norm_first = norm_first};
+            if (extent.empty()) return;
+            launch_dwconv_gelu_layernorm_fwd(params, K, element_type(dtype), At{stream});
+        },
+        py::arg("x"), py::arg("conv_weight"), py::arg("conv_bias"), py::arg("ln_weight"),
+        py::arg("ln_bias"), py::arg("y"), py::arg("c"), py::arg("mean"), py::arg("rstd"),
+        py::arg("N"), py::arg("H"), py::arg("W"), py::arg("C"), py::arg("K"), py::arg("eps"),
+        py::arg("gelu"), py::arg("norm_first"), py::arg("dtype"), py::arg("stream"), nogil);
+    cuda.def(
+        "dwconv_gelu_layernorm_backward_workspace",
+        [](Size N, Size H, Size W, Size C, int K, int dtype) -> std::size_t {
+            const Extent extent(N, H, W, C);
+            const ElementType type = element_type(dtype);
+            check_dwconv_gelu_layernorm(extent.N, extent.H, extent.W, extent.C, K, type);
+            if (extent.empty()) return 0;
+            return dwconv_gelu_layernorm_bwd_workspace_bytes(extent.N, extent.H, extent.W, extent.C,
+                                                             K, type);
+        },
+        py::arg("N"), py::arg("H"), py::arg("W"), py::arg("C"), py::arg("K"), py::arg("dtype"),
+        "Bytes of the backward's workspace.");
+    cuda.def(
+        "dwconv_gelu_layernorm_backward",
+        [](Address dy, Address x, Address c, Address mean, Address rstd, Address conv_weight,
+           Address ln_weight, Address ln_bias, Address dx, Address dconv_weight, Address dconv_bias,
+           Address dln_weight, Address dln_bias, Address workspace, Size N, Size H, Size W, Size C,
+           int K, bool gelu, bool norm_first, int dtype, Address stream) {
+            const Extent extent(N, H, W, C);
+            const DwconvGeluLayerNormBwdParams params{.dy = At{dy},
+                                                      .x = At{x},
+                                                      .c = At{c},
+                                                      .mean = At{mean},
+                                                      .rstd = At{rstd},
+                                                      .conv_weight = At{conv_weight},
+                                                      .ln_weight = At{ln_weight},
+                                                      .ln_bias = At{ln_bias},
+                                                      .dx = At{dx},
+                                                      .dconv_weight = At{dconv_weight},
+                                                      .dconv_bias = At{dconv_bias},
+                                                      .dln_weight = At{dln_weight},
+                                                      .dln_bias = At{dln_bias},
+                                                      .workspace = At{workspace},
+                                                      .N = extent.N,
+                                                      .H = extent.H,
+                                                      .W = extent.W,
+                                                      .C = extent.C,
+                                                      .gelu = gelu,
+                                                      .norm_first = norm_first};
+            if (extent.empty()) return;
+            launch_dwconv_gelu_layernorm_bwd(params, K, element_type(dtype), At{stream});
+        },
+        py::arg("dy"), py::arg("x"), py::arg("c"), py::arg("mean"), py::arg("rstd"),
+        py::arg("conv_weight"), py::arg("ln_weight"), py::arg("ln_bias"), py::arg("dx"),
+        py::arg("dconv_weight"), py::arg("dconv_bias"), py::arg("dln_weight"), py::arg("dln_bias"),
+        py::arg("workspace"), py::arg("N"), py::arg("H"), py::arg("W"), py::arg("C"), py::arg("K"),
+        py::arg("gelu"), py::arg("norm_first"), py::arg("dtype"), py::arg("stream"), nogil);
+}
+
 void bind_gelu_layernorm(py::module_& cuda) {
     const auto nogil = py::call_guard<py::gil_scoped_release>();
     cuda.def(
@@ -200,6 +281,7 @@ void bind(py::module_& cuda) {
              "The CUDA that the kernels were built with, as 1000 * major + 10 * minor.");
     cuda.def("driver_version", driver_version, "What the driver can run; 0 without a driver.");
     bind_nested_conv(cuda);
+    bind_dwconv_gelu_layernorm(cuda);
     bind_gelu_layernorm(cuda);
 }
 

@@ -22,9 +22,10 @@ name = "cuda"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "nested_conv": FLOATS,
+    "dwconv_gelu_layernorm": FLOATS,
     "gelu_layernorm": FLOATS,
 }
-KERNEL_SIZES = {"nested_conv": (3, 5, 7, 9, 11, 13)}
+KERNEL_SIZES = dict.fromkeys(("nested_conv", "dwconv_gelu_layernorm"), (3, 5, 7, 9, 11, 13))
 MAX_CHANNELS = 8192  # what the backward of a norm holds in the registers of a block
 MAX_ROWS = 2**31  # pixels are counted in 32 bits
 
