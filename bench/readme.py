@@ -51,7 +51,7 @@ def _of_folder(folder: Path) -> list[str]:
         f"figures, samples, plots and the command are in [{where}]({where}/README.md). "
         "Speed-up is over eager PyTorch in channels_last; the best peer is the fastest of eager, "
         "torch.compile (frozen in inference), ONNX Runtime and OpenVINO where they apply; medians "
-        "of one interleaved run. The floor is the arithmetic at the machine's measured rates. "
+        f"of one interleaved run ({_sample_counts(pairs)} samples each). The floor is the arithmetic at the machine's measured rates. "
         "Malloc is tuned to keep its memory, unless it says default: page faults then count, on "
         "every side.",
         "",
@@ -63,6 +63,16 @@ def _of_folder(folder: Path) -> list[str]:
     if (folder / "speedup.png").exists():
         lines += [f"![Speed-up by stage]({where}/speedup.png)", ""]
     return lines
+
+
+def _sample_counts(pairs: list[Any]) -> str:
+    counts = {
+        len(found["samples"])
+        for _, record in pairs
+        for found in record["contenders"].values()
+        if "samples" in found
+    }
+    return f"{min(counts)} to {max(counts)}" if counts else "no"
 
 
 def _group(pairs: list[Any]) -> dict[tuple[Any, ...], list[Any]]:
