@@ -196,12 +196,18 @@ def memory(pyplot: Any, results: dict[str, Any]) -> Any:
         for (stage, name), curve in curves.items():
             if stage != number:
                 continue
+            # Both layouts of eager keep the same: a ring shows around the point on top.
+            size = 9 if name == REFERENCE else 5
             (line,) = axis.plot(
-                sorted(curve), [curve[b] for b in sorted(curve)], "o-", color=_colour(name)
-            )
+                sorted(curve), [curve[b] for b in sorted(curve)], "o-", color=_colour(name),
+                markersize=size,
+            )  # fmt: skip
             labels.setdefault(f"ours ({name})" if CONTENDERS[name].ours else name, line)
         axis.set_title(f"stage {number}", fontsize=9)
         axis.set_xlabel("batch")
+        axis.set_xticks(
+            sorted({b for key, curve in curves.items() if key[0] == number for b in curve})
+        )
         axis.set_ylim(bottom=0)
     axes[0, 0].set_ylabel("MB kept for backward")
     figure.legend(
