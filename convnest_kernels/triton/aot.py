@@ -3,23 +3,28 @@
     with record("90") as launches:          # host functions run, nothing is launched
         nested_conv.forward(h.to("meta"), ...)
     for launch in launches:
-        print(compile_report(launch, "90"))
+        print(report(launch, "90"))
 
 `record` takes the launches from the host functions themselves, so that what is compiled here is
 what runs: the same signature, specialisation, constexprs, warps and stages. Needs Triton, no GPU
-and no CUDA toolkit (the wheel brings its disassembler). `aot_report` is the command line over it.
+and no CUDA toolkit (the wheel brings its disassembler). `bench/triton_report.py` is the command
+line over it.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import functools
+import hashlib
 import importlib
+import io
 import re
 import subprocess
 import tempfile
+import tokenize
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +36,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from convnest_kernels.triton import _launch, heuristics
+from convnest_kernels.triton.aot_table import Row
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INSTRUCTION = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)"
@@ -55,34 +61,10 @@ class Launch:
         """The activation's type: that of the first pointer."""
         return next(t for _, t in self.signature if t.startswith("*")).lstrip("*")
 
-
-@dataclass
-class Report:
-    """What the compiler made of a launch on one architecture."""
-
-    kernel: str
-    arch: str
-    dtype: str
-    constexprs: dict[str, Any]
-    num_warps: int
-    registers: int
-    spills: int  # bytes of local memory (NVIDIA) or scratch memory (AMD) a thread
-    shared: int  # bytes
-    occupancy: float  # resident threads by registers and shared memory, of the most possible
-    instructions: int
-    mix: dict[str, int] = field(default_factory=dict)
-
     @property
-    def faults(self) -> list[str]:
-        """Budgets that this kernel exceeds."""
-        found = []
-        if self.spills:
-            found.append(f"spills {self.spills}")
-        if self.shared > heuristics.SHARED_BYTES[self.arch]:
-            found.append(f"{self.shared} bytes of shared memory")
-        if self.occupancy == 0:
-            found.append("does not fit a multiprocessor")
-        return found
+    def digest(self) -> str:
+        """What identifies it in the table of `aot_table`."""
+        return _digest(repr(self))
 
 
 @contextlib.contextmanager
@@ -135,13 +117,16 @@ def _target(arch: str) -> GPUTarget:
     return GPUTarget("cuda", int(arch), 32)
 
 
+def _function(kernel: str) -> Any:
+    module, name = kernel.split(":")
+    return getattr(importlib.import_module(f"convnest_kernels.triton.{module}"), name)
+
+
 def compile_launch(launch: Launch, arch: str) -> Any:
     """Compile with Triton; returns its CompiledKernel (`.asm`, `.metadata`)."""
-    module, function = launch.kernel.split(":")
-    kernel = getattr(importlib.import_module(f"convnest_kernels.triton.{module}"), function)
     position = {name: i for i, (name, _) in enumerate(launch.signature)}
     source = ASTSource(
-        kernel,
+        _function(launch.kernel),
         dict(launch.signature),
         {(position[name],): value for name, value in launch.constexprs},
         {(i,): [["tt.divisibility", 16]] for i in launch.divisible},
@@ -149,7 +134,7 @@ def compile_launch(launch: Launch, arch: str) -> Any:
     return triton.compile(source, target=_target(arch), options=dict(launch.options))
 
 
-def compile_report(launch: Launch, arch: str) -> Report:
+def report(launch: Launch, arch: str) -> Row:
     """Compile a launch for `arch` and read registers, spills, shared bytes and instructions."""
     compiled = compile_launch(launch, arch)
     num_warps = dict(launch.options)["num_warps"]
@@ -158,19 +143,67 @@ def compile_report(launch: Launch, arch: str) -> Report:
         registers, spills, mix = _read_amdgcn(compiled.asm["amdgcn"])
     else:
         registers, spills, mix = _read_cubin(compiled.asm["cubin"])
-    return Report(
-        launch.kernel.split(":")[1],
-        arch,
-        launch.dtype,
-        dict(launch.constexprs),
-        num_warps,
-        registers,
-        spills,
-        shared,
-        round(_occupancy(arch, registers, shared, num_warps), 2),
-        sum(mix.values()),
-        dict(mix.most_common(10)),
+    integers = {name for name, kind in launch.signature if kind in ("i32", "i64")}
+    tile = [
+        name if value is True else f"{name}={value}"
+        for name, value in launch.constexprs
+        if value is not False
+    ]
+    return Row(
+        arch=arch,
+        kernel=launch.kernel.split(":")[1],
+        dtype=launch.dtype,
+        tile=" ".join(tile),
+        options=" ".join(f"{name}={value}" for name, value in launch.options),
+        aligned=" ".join(
+            launch.signature[i][0] for i in launch.divisible if launch.signature[i][0] in integers
+        ),
+        registers=registers,
+        spills=spills,
+        shared=shared,
+        occupancy=round(_occupancy(arch, registers, shared, num_warps), 2),
+        instructions=sum(mix.values()),
+        mix=" ".join(f"{name}:{count}" for name, count in mix.most_common(8)),
+        launch=launch.digest,
+        source=source_digest(launch.kernel),
+        triton=triton.__version__,
     )
+
+
+@functools.cache
+def source_digest(kernel: str) -> str:
+    """A digest of a kernel ("module:function") and all device functions below it.
+
+    Of its code alone: comments, docstrings and line breaks make no difference.
+    """
+    found: dict[str, str] = {}
+    waiting = [_function(kernel)]
+    while waiting:
+        function = waiting.pop()
+        name = f"{function.fn.__module__}.{function.fn.__name__}"
+        if name in found:
+            continue
+        found[name] = _code(function.src)
+        names = function.fn.__globals__
+        called = (names.get(word) for word in re.findall(r"\w+", found[name]))
+        waiting += [value for value in called if isinstance(value, JITFunction)]
+    return _digest(repr(sorted(found.items())))
+
+
+def _code(source: str) -> str:
+    skipped = (tokenize.COMMENT, tokenize.NL)
+    layout = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    tokens: list[tokenize.TokenInfo] = []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        is_docstring = token.type == tokenize.STRING and tokens and tokens[-1].type in layout
+        if token.type not in skipped and not is_docstring:
+            tokens.append(token)
+    marks = {tokenize.NEWLINE: "\n", tokenize.INDENT: "{", tokenize.DEDENT: "}"}
+    return " ".join(marks.get(token.type, token.string) for token in tokens)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _occupancy(arch: str, registers: int, shared: int, num_warps: int) -> float:

@@ -37,6 +37,22 @@ _SIZES = ["N", "H", "W", "strip", "n_strips", "n_chunks"]
 
 
 @triton.jit
+def place(ln_weight, ln_bias, row_sums, N, H, W, C, n_chunks,
+          HAS_LN_WEIGHT: tl.constexpr, HAS_LN_BIAS: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """A program's channel block, chunk and group of kernel rows; its channels, LayerNorm's weight
+    and bias for them, its part of row_sums, and the pixels of an image batch."""
+    n_blocks = tl.cdiv(C, BLOCK_C)
+    i_block = tl.program_id(0) % n_blocks
+    i_rest = tl.program_id(0) // n_blocks
+    o_c = i_block * BLOCK_C + tl.arange(0, BLOCK_C)
+    b_lw = load_parameter(ln_weight, o_c, o_c < C, 1.0, HAS_LN_WEIGHT)
+    b_lb = load_parameter(ln_bias, o_c, o_c < C, 0.0, HAS_LN_BIAS)
+    pixels = N.to(tl.int64) * H * W
+    p_sums = row_sums + i_block * 2 * pixels
+    return i_block, i_rest % n_chunks, i_rest // n_chunks, o_c, b_lw, b_lb, p_sums, pixels
+
+
+@triton.jit
 def load_ds(dy, total, offsets, mask, NORM: tl.constexpr):
     """The gradient of the convolution's sum, in float32."""
     b_ds = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -110,16 +126,13 @@ def depthwise_bwd_fma_kernel(
 ):
     R: tl.constexpr = K // 2
     WINDOW: tl.constexpr = BLOCK_W + 2 * R
-    n_blocks = tl.cdiv(C, BLOCK_C)
-    i_block = tl.program_id(0) % n_blocks
-    i_chunk = tl.program_id(0) // n_blocks % n_chunks
-    ky_0 = tl.program_id(0) // n_blocks // n_chunks * WGRAD_ROWS
-    o_c = i_block * BLOCK_C + tl.arange(0, BLOCK_C)
+    i_block, i_chunk, i_group, o_c, b_lw, b_lb, p_sums, pixels = place(
+        ln_weight, ln_bias, row_sums, N, H, W, C, n_chunks, HAS_LN_WEIGHT, HAS_LN_BIAS, BLOCK_C
+    )
+    b_lw = b_lw[None, :]
+    b_lb = b_lb[None, :]
     m_c = o_c < C
-    b_lw = load_parameter(ln_weight, o_c, m_c, 1.0, HAS_LN_WEIGHT)[None, :]
-    b_lb = load_parameter(ln_bias, o_c, m_c, 0.0, HAS_LN_BIAS)[None, :]
-    pixels = N.to(tl.int64) * H * W
-    p_sums = row_sums + i_block * 2 * pixels
+    ky_0 = i_group * WGRAD_ROWS
     zero = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     d_bias = zero
     d_ln_weight = zero
@@ -273,12 +286,11 @@ def depthwise_bwd_matrix_kernel(
 ):
     R: tl.constexpr = K // 2
     HALF: tl.constexpr = dy.dtype.element_ty
-    n_blocks = tl.cdiv(C, BLOCK_C)
-    i_block = tl.program_id(0) % n_blocks
-    i_chunk = tl.program_id(0) // n_blocks
-    o_c1 = i_block * BLOCK_C + tl.arange(0, BLOCK_C)
-    b_lw = load_parameter(ln_weight, o_c1, o_c1 < C, 1.0, HAS_LN_WEIGHT)[:, None, None]
-    b_lb = load_parameter(ln_bias, o_c1, o_c1 < C, 0.0, HAS_LN_BIAS)[:, None, None]
+    i_block, i_chunk, i_group, o_c1, b_lw, b_lb, p_sums, pixels = place(
+        ln_weight, ln_bias, row_sums, N, H, W, C, n_chunks, HAS_LN_WEIGHT, HAS_LN_BIAS, BLOCK_C
+    )
+    b_lw = b_lw[:, None, None]
+    b_lb = b_lb[:, None, None]
     o_c = o_c1[:, None, None]
     m_c = o_c < C
     o_j = tl.arange(0, BLOCK_J)[:, None]
@@ -295,8 +307,6 @@ def depthwise_bwd_matrix_kernel(
             bands += (tl.load(p_band, mask=m_band & m_c, other=0.0).to(HALF),)
         if WGRAD_ROWS > 0:
             d_bands += (tl.zeros((BLOCK_C, BLOCK_J, BLOCK_W), tl.float32),)
-    pixels = N.to(tl.int64) * H * W
-    p_sums = row_sums + i_block * 2 * pixels
     d_bias = zero
     d_ln_weight = zero
     d_ln_bias = zero
