@@ -255,3 +255,88 @@ def test_runs_as_a_command() -> None:
     assert done.returncode == 0, done.stderr
     assert "checks passed" in done.stdout
     assert done.stderr == ""
+
+
+def kernels(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["doctor", "--kernels", "--json", *arguments]) == 0
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return report
+
+
+@pytest.mark.parametrize("name", ["sm_80", "90", "sm_100", "sm_120", "gfx942"])
+def test_kernels_lists_the_compile_report(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    report = kernels(capsys, "--arch", name)
+    assert report["arch"].removeprefix("sm_") == name.removeprefix("sm_")
+    assert len(report["kernels"]) > 400 and not report["faults"]
+    assert {entry["arch"] for entry in report["kernels"]} == {name.removeprefix("sm_")}
+    assert main(["doctor", "--kernels", "--arch", name]) == 0
+    first, header, *lines = capsys.readouterr().out.splitlines()
+    assert f"{len(report['kernels'])} kernels" in first and "Triton" in first
+    assert header.split()[:4] == ["kernel", "dtype", "tiles", "registers"]
+    named = {(entry["kernel"], entry["dtype"]) for entry in report["kernels"]}
+    assert {tuple(line.split()[:2]) for line in lines} == named
+
+
+def test_kernels_of_the_gpu_that_is_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h100 = SimpleNamespace(major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: h100)
+    assert kernels(capsys)["arch"] == "sm_90"
+    h100.major = 7
+    assert main(["doctor", "--kernels"]) == 2
+    assert "must be one of sm_80, sm_90" in capsys.readouterr().err
+
+
+def test_kernels_without_a_gpu_asks_for_a_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["doctor", "--kernels"]) == 2
+    assert "this machine has no GPU: name one with --arch, of sm_80" in capsys.readouterr().err
+    assert main(["doctor", "--kernels", "--arch", "sm_75"]) == 2
+    assert "got sm_75" in capsys.readouterr().err
+    assert main(["doctor", "--arch", "sm_90"]) == 2
+    assert "--arch goes with --kernels" in capsys.readouterr().err
+
+
+def test_kernels_over_budget_are_a_failure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from convnest_kernels.triton import aot_table
+
+    first, *others = [row for row in aot_table.read() if row.arch == "90"]
+    spilling = [replace(first, spills=8), *others]
+    monkeypatch.setattr(aot_table, "read", lambda: spilling)
+    assert main(["doctor", "--kernels", "--arch", "90"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("OVER BUDGET:")] == [
+        f"OVER BUDGET: {first.kernel} {first.dtype} ({first.tile}) spills 8 bytes"
+    ]
+
+
+def test_triton_is_checked_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch sees a GPU, every operator and dtype of the backend goes through the check."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(selfcheck, "_truth", lambda *call: ({}, {}))
+    monkeypatch.setattr(
+        selfcheck,
+        "_check",
+        lambda case, backend, dtype, device, *_: {"call": (case.operator, dtype, device)},
+    )
+    backends.select.cache_clear()
+    found = selfcheck.collect()
+    calls = {entry["call"] for entry in found if entry["backend"] == "triton"}
+    low = (torch.float32, torch.bfloat16, torch.float16)
+    assert calls == {(operator, dtype, "cuda") for operator in OPERATORS for dtype in low}
+
+
+def test_what_was_not_checked_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert selfcheck.show([])[-1] == (
+        "NOT CHECKED: cuda, triton, cpu (there is no GPU here; see above)"
+    )

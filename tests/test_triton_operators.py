@@ -50,10 +50,19 @@ def test_output_and_gradients(case: Case, dtype: torch.dtype) -> None:
     check(case, make_inputs(case, dtype), "triton")
 
 
-def test_backward_in_two_launches() -> None:
-    """Large kernels split the weight gradient over launches; their other cases are marked slow."""
-    case = Case("nested_conv", (1, 4, 6, 10), kernel_size=11)
-    check(case, make_inputs(case, torch.float32), "triton")
+@pytest.mark.parametrize(
+    ("kernel_size", "dtype"),
+    [
+        (9, torch.bfloat16),
+        (11, torch.float32),
+        (13, torch.float16),
+    ],
+    ids=str,
+)
+def test_large_kernels(kernel_size: int, dtype: torch.dtype) -> None:
+    """Their weight gradient is split over launches; their other cases are marked slow."""
+    case = Case("nested_conv", (1, 2, 3, 10), kernel_size=kernel_size)
+    check(case, make_inputs(case, dtype), "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -1,4 +1,5 @@
-"""How much memory each Triton kernel moves, counted in the interpreter, against docs/triton.md.
+"""How much memory each Triton kernel moves, counted in the interpreter, against
+docs/performance.md.
 
 `fetched` are the distinct elements that a program loads, summed over programs: what is left of the
 traffic where a program's own reloads hit its L1. Wide tensors are compared exactly, halo included.

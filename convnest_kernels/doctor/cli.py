@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from convnest_kernels.doctor import dispatch, environment, selfcheck
+from convnest_kernels.doctor import dispatch, environment, kernels, selfcheck
 
 HELP = "show what is installed and which backend runs what, and check the kernels' numbers"
 DESCRIPTION = (
@@ -39,10 +40,21 @@ SECTIONS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="show instead what the Triton kernels compile to on this machine's GPU, or on --arch",
+    )
+    parser.add_argument("--arch", help='with --kernels: "sm_80", "sm_90", ... or "gfx942"')
 
 
 def run(args: argparse.Namespace) -> int:
-    """Report; 0 if every check passes, else 1."""
+    """Report; 0 if every check passes (no kernel exceeds its budgets), else 1; 2 for usage."""
+    if args.kernels:
+        return _run_kernels(args)
+    if args.arch is not None:
+        print("--arch goes with --kernels", file=sys.stderr)
+        return 2
     started = time.perf_counter()
     report: dict[str, Any] = {}
     for section in SECTIONS:
@@ -61,3 +73,14 @@ def run(args: argparse.Namespace) -> int:
         problems = len(report["versions"]["problems"])
         print(f"{failed} of {len(report['checks'])} checks failed; {problems} other problems.")
     return 0 if report["ok"] else 1
+
+
+def _run_kernels(args: argparse.Namespace) -> int:
+    try:
+        arch = kernels.architecture(args.arch)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    found = kernels.collect(arch)
+    print(json.dumps(found, indent=2) if args.json else "\n".join(kernels.show(found)))
+    return 1 if found["faults"] else 0

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convnest_kernels import _extension, ops
+from convnest_kernels import _extension, backends, ops
 from convnest_kernels.doctor import dispatch
 from convnest_kernels.doctor.text import short, table
 from convnest_kernels.reference.common import accumulate_dtype
@@ -178,8 +178,9 @@ def _error(result: Tensor, truth: Tensor) -> float:
 
 def show(found: list[dict[str, Any]]) -> list[str]:
     """A table of the largest error in units of its bound, then every failure."""
+    missing = _unchecked(found)
     if not found:
-        return ["no backend but eager, the reference, is present: nothing to check"]
+        return ["no backend but eager, the reference, is present: nothing to check", *missing]
     dtypes = [short(dtype) for dtype in dispatch.DTYPES]
     groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     for entry in found:
@@ -192,7 +193,18 @@ def show(found: list[dict[str, Any]]) -> list[str]:
     ]
     lines = ["largest error of output and gradients, as a part of what is allowed (1.00):"]
     lines += table([["backend", "operator", *dtypes], *rows])
+    lines += missing
     return lines + [f"FAILED: {_describe(entry)}" for entry in found if not entry["ok"]]
+
+
+def _unchecked(found: list[dict[str, Any]]) -> list[str]:
+    """A word on the backends that did not run, so that nobody takes them for checked."""
+    checked = {entry["backend"] for entry in found}
+    names = [name for name in backends.BACKENDS if name not in checked | {"eager"}]
+    if not names:
+        return []
+    why = "see above" if torch.cuda.is_available() else "there is no GPU here; see above"
+    return [f"NOT CHECKED: {', '.join(names)} ({why})"]
 
 
 def _cell(entries: list[dict[str, Any]]) -> str:

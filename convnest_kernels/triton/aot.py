@@ -195,7 +195,8 @@ def _code(source: str) -> str:
     layout = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
     tokens: list[tokenize.TokenInfo] = []
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        is_docstring = token.type == tokenize.STRING and tokens and tokens[-1].type in layout
+        at_start = bool(tokens) and tokens[-1].type in layout
+        is_docstring = at_start and token.type in (tokenize.STRING, tokenize.NEWLINE)
         if token.type not in skipped and not is_docstring:
             tokens.append(token)
     marks = {tokenize.NEWLINE: "\n", tokenize.INDENT: "{", tokenize.DEDENT: "}"}

@@ -2,10 +2,12 @@
 
 Without it every tile comes from `heuristics`, and nothing is ever timed. With it, the first call of
 a kernel with a new (dtype, channels, kernel size, bucket of sizes) times the candidates of
-`candidates` and keeps the fastest, in this process and in one JSON file for each GPU, driver and
-Triton under CONVNEST_CACHE_DIR (default: ~/.cache/convnest_kernels). Batch, height and width count
-by their power of two, so that a new image size rarely tunes again. Nothing is tuned while a CUDA
-graph is captured: what is not in the cache then comes from the heuristics.
+`candidates` and keeps the fastest, in this process and on disk: one directory for each GPU, driver,
+Triton and version of this package under CONVNEST_CACHE_DIR (default: ~/.cache/convnest_kernels),
+one small file for each key. So two processes that tune at once never write over each other's
+results: a file is replaced whole, and nothing is read to be written back. Batch, height and width
+count by their power of two, so that a new image size rarely tunes again. Nothing is tuned while a
+CUDA graph is captured: what is not known then comes from the heuristics.
 
 Not `triton.autotune`: its key is every argument, and its disk cache knows nothing of the driver.
 """
@@ -18,6 +20,7 @@ import os
 import re
 import statistics
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,9 +29,13 @@ import torch
 import triton
 from torch import Tensor
 
+from convnest_kernels._version import __version__
 from convnest_kernels.triton.heuristics import ConvTile
 
 _REPEATS = 20
+
+# What this process has tuned or read, by file; those it could not write are here alone.
+_known: dict[Path, ConvTile] = {}
 
 
 def enabled() -> bool:
@@ -64,17 +71,24 @@ def choose(
     if not enabled() or not x.is_cuda:
         return tile
     sizes = [(size - 1).bit_length() for size in x.shape[:-1]]
-    key = "-".join(map(str, (kernel, x.dtype, x.shape[-1], kernel_size, *sizes)))
-    path = cache_path(_device_key(x.device))
-    known = _read(path)
-    if key in known:
-        return known[key]
-    if torch.cuda.is_current_stream_capturing():
-        return tile
-    best = fastest(candidates(tile), launch, _measure)
-    _write(path, key, best)
-    _read.cache_clear()
-    return best
+    dtype = str(x.dtype).removeprefix("torch.")
+    key = "-".join(map(str, (kernel, dtype, x.shape[-1], kernel_size, *sizes)))
+    return tuned(_device_key(x.device), key, tile, launch)
+
+
+def tuned(
+    device_key: str, key: str, tile: ConvTile, launch: Callable[[ConvTile], object]
+) -> ConvTile:
+    """The tile known for `key` on a device, or the fastest candidate, which it makes known."""
+    path = cache_path(device_key, key)
+    known = _known.get(path) or _read(path, device_key, candidates(tile))
+    if known is None:
+        if torch.cuda.is_current_stream_capturing():
+            return tile
+        known = fastest(candidates(tile), launch, _measure)
+        _write(path, device_key, known)
+    _known[path] = known
+    return known
 
 
 def fastest(
@@ -110,29 +124,50 @@ def _measure(run: Callable[[], object]) -> float:
 @functools.cache
 def _device_key(device: torch.device) -> str:
     driver = torch.version.hip or getattr(torch._C, "_cuda_getDriverVersion")()  # noqa: B009
-    return f"{torch.cuda.get_device_name(device)}-{driver}-triton{triton.__version__}"
+    name = torch.cuda.get_device_name(device)
+    return f"{name}-{driver}-triton{triton.__version__}-convnest{__version__}"
 
 
-def cache_path(device_key: str) -> Path:
-    """The JSON file of a GPU, driver and Triton version."""
+def cache_path(device_key: str, key: str) -> Path:
+    """The JSON file of a key on a device."""
     root = os.environ.get("CONVNEST_CACHE_DIR") or Path.home() / ".cache" / "convnest_kernels"
-    return Path(root) / f"triton-{re.sub(r'[^A-Za-z0-9.]+', '_', device_key)}.json"
+    directory = re.sub(r"[^A-Za-z0-9.]+", "_", device_key)
+    return Path(root) / f"triton-{directory}" / f"{key}.json"
 
 
-@functools.cache
-def _read(path: Path) -> dict[str, ConvTile]:
+def _read(path: Path, device_key: str, allowed: list[ConvTile]) -> ConvTile | None:
+    """The tile in a file; None, with a warning where there is one that cannot be used."""
     try:
-        entries = json.loads(path.read_text())
-        return {key: ConvTile(**fields) for key, fields in entries.items()}
-    except (FileNotFoundError, json.JSONDecodeError, TypeError, AttributeError):
-        return {}  # absent, truncated, or of another version: tune again
+        entry = json.loads(path.read_text())
+        tile, written_for = ConvTile(**entry["tile"]), entry["device"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        _refuse(path, f"it cannot be read ({type(error).__name__}: {error})")
+        return None
+    if written_for != device_key:
+        _refuse(path, f"it was written for {written_for}, this is {device_key}")
+        return None
+    if tile not in allowed:
+        _refuse(path, f"its tile is none of today's candidates: {tile}")
+        return None
+    return tile
 
 
-def _write(path: Path, key: str, tile: ConvTile) -> None:
-    """Add an entry; the file is replaced whole, so that a reader never sees half of one."""
-    _read.cache_clear()
-    entries = {known: asdict(value) for known, value in _read(path).items()} | {key: asdict(tile)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(entries, file, indent=1)
-    os.replace(file.name, path)
+def _refuse(path: Path, why: str) -> None:
+    warnings.warn(f"CONVNEST_AUTOTUNE tunes again: {path} is of no use, {why}", stacklevel=2)
+
+
+def _write(path: Path, device_key: str, tile: ConvTile) -> None:
+    """Replace the file whole, so that a reader never sees half of one."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            json.dump({"device": device_key, "tile": asdict(tile)}, file, indent=1)
+        os.replace(file.name, path)
+    except OSError as error:
+        warnings.warn(
+            f"CONVNEST_AUTOTUNE could not keep its result: {error}; CONVNEST_CACHE_DIR names "
+            "another directory",
+            stacklevel=2,
+        )

@@ -37,8 +37,10 @@ _SIZES = ["N", "H", "W", "strip", "n_strips", "n_chunks"]
 
 
 @triton.jit
-def place(ln_weight, ln_bias, row_sums, N, H, W, C, n_chunks,
-          HAS_LN_WEIGHT: tl.constexpr, HAS_LN_BIAS: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+def place(
+    ln_weight, ln_bias, row_sums, N, H, W, C, n_chunks,
+    HAS_LN_WEIGHT: tl.constexpr, HAS_LN_BIAS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """A program's channel block, chunk and group of kernel rows; its channels, LayerNorm's weight
     and bias for them, its part of row_sums, and the pixels of an image batch."""
     n_blocks = tl.cdiv(C, BLOCK_C)

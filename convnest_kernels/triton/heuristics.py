@@ -69,7 +69,7 @@ class RowTile:
 
 
 def uses_matrix_form(kernel_size: int, dtype: torch.dtype, arch: str) -> bool:
-    """Whether the convolution goes to the tensor cores (docs/triton.md has both counts)."""
+    """Whether the convolution goes to the tensor cores (docs/performance.md has the counts)."""
     if dtype == torch.float32:
         return False  # TF32 would lose ten bits of the operands
     if arch.startswith("gfx"):

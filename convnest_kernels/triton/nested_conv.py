@@ -53,7 +53,7 @@ def nested_conv_finish_kernel(
     for _ in range(n_sums):
         b_sum += tl.load(p_sums, mask=m_r, other=0.0)
         b_dot += tl.load(p_sums + n_rows, mask=m_r, other=0.0)
-        p_sums += 2 * n_rows
+        p_sums += n_rows.to(tl.int64) * 2
     b_mean = tl.load(mean + o_r, mask=m_r, other=0.0)[:, None]
     b_rstd = tl.load(rstd + o_r, mask=m_r, other=0.0)[:, None]
     b_sum = b_rstd * (b_sum / C)[:, None]
