@@ -238,7 +238,7 @@ def _baseline(name: str, compiled: bool) -> Callable[[Work], Prepared]:
             raise SkipError(str(error)) from error
         function = torch.compile(module, dynamic=False) if compiled else None
         prepared = run_torch(work, "nhwc", module, function)
-        prepared.checked_by_itself = True
+        prepared.checked_by_itself, prepared.is_compiled = True, compiled
         return prepared
 
     return prepare

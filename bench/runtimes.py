@@ -25,8 +25,8 @@ class SkipError(Exception):
 class Prepared:
     """`call` is timed, `results` are checked; `module` and `forward` are for memory (torch only).
 
-    `scope` is entered around every call; `checked_by_itself`: a network of its own; `others` are
-    the same call on other copies of the inputs, to be taken in turn.
+    `scope` is entered around every call; `checked_by_itself`: a network of its own, whose eager
+    form is the truth; `others` are the same call on other copies of the inputs, taken in turn.
     """
 
     call: Callable[[], Any]
@@ -35,6 +35,7 @@ class Prepared:
     forward: Callable[[], Tensor] | None = None
     scope: Callable[[], AbstractContextManager[Any]] = nullcontext
     checked_by_itself: bool = False
+    is_compiled: bool = False
     others: tuple[Callable[[], Any], ...] = ()
 
 

@@ -293,7 +293,7 @@ def test_calls_take_turns_on_copies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_memory_of_a_call() -> None:
     linear = torch.nn.Linear(64, 64)
-    x = torch.randn(1024, 64)
+    x = torch.randn(1024, 64, requires_grad=True)
     # The weight does not count, x does; backward of a GELU keeps its input as well.
     assert memory.kept_for_backward(linear, lambda: linear(x)) == x.nbytes
     kept = memory.kept_for_backward(linear, lambda: torch.nn.functional.gelu(linear(x)))
