@@ -60,11 +60,10 @@ def measure(
         except WrongNumbersError as reason:
             found["refused"] = str(reason)
         except Exception as error:
-            # A peer that cannot compile or export a cell is a finding; ours must not fail.
-            if CONTENDERS[name].ours:
-                raise
+            # A peer that cannot compile or export a cell is a finding; ours fails the run by it.
             text = str(error).strip() or "no message"
-            found["skipped"] = f"{type(error).__name__}: {text.splitlines()[0][:160]}"
+            state = "refused" if CONTENDERS[name].ours else "skipped"
+            found[state] = f"{type(error).__name__}: {text.splitlines()[0][:160]}"
         found["prepared_in"] = round(time.perf_counter() - started, 2)
         tell(f"  {name}: {found.get('skipped') or found.get('refused') or 'checked'}")
     calls = {name: _call(prepared, cell) for name, prepared in ready.items()}

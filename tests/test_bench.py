@@ -99,6 +99,21 @@ def test_wrong_kernel_is_refused(mode: str, dtype: str, monkeypatch: pytest.Monk
     assert cli._is_refused(record)
 
 
+@pytest.mark.parametrize(("name", "state"), [("cpu", "refused"), ("openvino", "skipped")])
+def test_contender_that_raises(name: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are timed; the run fails if it was ours."""
+
+    def broken(work: Any) -> Any:
+        raise RuntimeError("out of luck\nsecond line")
+
+    broken_one = dataclasses.replace(CONTENDERS[name], prepare=broken)
+    monkeypatch.setitem(CONTENDERS, name, broken_one)
+    record = measure(small("gelu_layernorm"), [name, "eager-nhwc"], 0.0, LIMITS, wanted=5)
+    assert record["contenders"][name][state] == "RuntimeError: out of luck"
+    assert "median" in record["contenders"]["eager-nhwc"]
+    assert cli._is_refused(record) == (state == "refused")
+
+
 @needs_core
 def test_wrong_formula_fails_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
