@@ -52,7 +52,8 @@ def _of_folder(folder: Path) -> list[str]:
         "Speed-up is over eager PyTorch in channels_last; the best peer is the fastest of eager, "
         "torch.compile (frozen in inference), ONNX Runtime and OpenVINO where they apply; medians "
         f"of one interleaved run ({_sample_counts(pairs)} samples each). The floor is the "
-        "arithmetic at the machine's measured rates. "
+        "arithmetic at the machine's measured rates; where a shared machine was slow for a while, "
+        "the part of the floor falls and the ratios do not. "
         "Malloc is tuned to keep its memory, unless it says default: page faults then count, on "
         "every side.",
         "",
