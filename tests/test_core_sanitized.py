@@ -1,0 +1,53 @@
+"""The streaming schedule of nested_block under GCC's thread sanitizer: portable, four threads.
+
+Instruction sets share every line but the vector operations; test_core_memory.py guards the tensors'
+bounds on each of them, as built.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+FLAGS = [
+    *("-std=c++17", "-O1", "-g1", "-fno-math-errno", "-fno-trapping-math", "-w", f"-I{CSRC}"),
+    *("-DCONVNEST_ISA=portable", "-DCONVNEST_VECTOR_BYTES=16"),
+]
+
+
+def run(*command: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=280)
+
+
+def build(sanitizer: str, folder: Path) -> Path:
+    """The portable core and the driver, compiled with a sanitizer."""
+    flags = [*FLAGS, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    sources = [*CSRC.glob("*_cpu.cpp"), CSRC / "dispatch.cpp", CSRC / "common" / "parallel.cpp"]
+    sources.append(ROOT / "tests" / "core_sanitized.cpp")
+
+    def compile_(source: Path) -> Path:
+        target = folder / f"{source.stem}.o"
+        done = run("g++", *flags, "-c", source, "-o", target)
+        assert done.returncode == 0, done.stderr
+        return target
+
+    objects = [compile_(source) for source in sources]
+    program = folder / "program"
+    done = run("g++", *flags, *objects, "-lpthread", "-o", program)
+    if done.returncode != 0 and "cannot find" in done.stderr:
+        pytest.skip(f"this compiler has no runtime of {sanitizer}")
+    assert done.returncode == 0, done.stderr
+    return program
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+@pytest.mark.parametrize("sanitizer", ["thread"])
+def test_sanitizer_finds_nothing(sanitizer: str, tmp_path: Path) -> None:
+    done = run(build(sanitizer, tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip() == "same bits"
