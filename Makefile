@@ -14,11 +14,11 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 # The second environment: another torch, and the libraries that use this one.
-ZOO ?= torch==2.14.1 torchvision==0.29.1 timm==1.0.31 transformers
+ZOO ?= torch==2.14.1 torchvision==0.29.1 timm==1.0.31 transformers==5.24.0
 ZOO_VENV := .venv-zoo
-ZOO_TESTS ?= tests/test_recipes.py
+ZOO_TESTS ?= tests/test_recipes.py tests/zoo tests/test_accelerate.py
 
-.PHONY: demo test test-all test-zoo lint format wheel clean
+.PHONY: demo test test-all test-zoo test-package lint format wheel clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m convnest_kernels train
@@ -31,6 +31,10 @@ test-all: $(VENV)/.ready
 
 test-zoo: $(ZOO_VENV)/.ready
 	$(ZOO_VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "not slow" $(ZOO_TESTS)
+
+# The sdist, the wheel from it, and the wheel in an environment of its own.
+test-package: $(VENV)/.ready
+	.ci/package $(BIN)/python
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

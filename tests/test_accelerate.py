@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from convnest_kernels import BackendError, NestedBlock, accelerate, backends
-from convnest_kernels.adopt import AccelerateError
+from convnest_kernels.adopt import AccelerateError, matmul
 from convnest_kernels.adopt.gelu_linear import gelu_linear
 from tests.small_models import small
 from tests.tolerances import assert_accurate
@@ -43,9 +45,25 @@ def test_strict_wants_a_block() -> None:
         accelerate(nn.Linear(2, 2), strict=True)
 
 
+def gelu_then_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return nn.functional.linear(nn.functional.gelu(h), weight, bias)
+
+
+PLAIN = {gelu_linear: gelu_then_linear, matmul.differentiable_linear: nn.functional.linear}
+
+
+@pytest.fixture(params=[True, False], ids=["onednn", "torch"])
+def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(matmul, "_mkl_is_slow", lambda: request.param)
+
+
+@pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("bias", [True, False])
-def test_gelu_linear(dtype: torch.dtype, bias: bool) -> None:
+@pytest.mark.parametrize("function", list(PLAIN))
+def test_linear_layers(function: Callable[..., Tensor], dtype: torch.dtype, bias: bool) -> None:
     tensors = {"h": torch.randn(3, 5, 12), "weight": torch.randn(7, 12), "bias": torch.randn(7)}
     if not bias:
         del tensors["bias"]
@@ -59,10 +77,8 @@ def test_gelu_linear(dtype: torch.dtype, bias: bool) -> None:
 
     dtypes = (dtype,)
 
-    def plain(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return nn.functional.linear(nn.functional.gelu(h), weight, bias)
-
-    truth, eager, ours = run(plain, torch.float64), run(plain, dtype), run(gelu_linear, dtype)
+    plain = PLAIN[function]
+    truth, eager, ours = run(plain, torch.float64), run(plain, dtype), run(function, dtype)
     for name, value in ours.items():
         assert_accurate(name, value, eager[name], truth[name], rows=15)
 

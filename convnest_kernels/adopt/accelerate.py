@@ -17,7 +17,7 @@ from convnest_kernels.backends import BackendError, explain_call
 from convnest_kernels.modules import NestedBlock
 
 _OPERATOR = "dwconv_gelu_layernorm"
-_COVERS = "depthwise convolution + norm, GELU + linear"
+_COVERS = "convolution + norm, linear + GELU + linear"
 
 
 class AccelerateError(RuntimeError):

@@ -19,6 +19,7 @@ class Parts(NamedTuple):
     conv: Any
     norm: Any
     around: tuple[nn.Module, ...]  # containers and permutations beside conv and norm
+    fc1: Any
     act: Any
     fc2: Any
     inside: tuple[nn.Module, ...]  # of the pointwise half: containers, and dropouts if inactive
@@ -37,7 +38,6 @@ class Family:
     block: str
     names: frozenset[str]
     parts: Callable[[Any], Parts]
-    first_linear: Callable[[Any, Tensor], Tensor]  # z → h, both [N, H, W, C or D]
     pointwise: Callable[[Any, Tensor], Tensor]  # z → t, the library's own pointwise half
     join: Callable[[Any, Tensor, Tensor], Tensor]  # t, x [N, C, H, W] → y
     norms: frozenset[tuple[str, str]] = field(default_factory=frozenset)  # module and class
@@ -66,7 +66,7 @@ def _timm_parts(block: Any) -> Parts:
     mlp = block.mlp
     names = ("drop1", "norm", "drop2", "grn")
     inner = tuple(getattr(mlp, name) for name in names if hasattr(mlp, name))
-    return Parts(block.conv_dw, block.norm, (), mlp.act, mlp.fc2, (mlp, *inner))
+    return Parts(block.conv_dw, block.norm, (), mlp.fc1, mlp.act, mlp.fc2, (mlp, *inner))
 
 
 def _timm_pointwise(block: Any, z: Tensor) -> Tensor:
@@ -86,8 +86,8 @@ def _timm_join(block: Any, t: Tensor, x: Tensor) -> Tensor:
 
 
 def _torchvision_parts(block: Any) -> Parts:
-    conv, to_last, norm, _, act, fc2, _ = block.block
-    return Parts(conv, norm, (block.block, to_last), act, fc2, ())
+    conv, to_last, norm, fc1, act, fc2, _ = block.block
+    return Parts(conv, norm, (block.block, to_last), fc1, act, fc2, ())
 
 
 def _torchvision_pointwise(block: Any, z: Tensor) -> Tensor:
@@ -149,7 +149,6 @@ FAMILIES = (
         "ConvNeXtBlock",
         names=_names("conv_dw drop_path gamma mlp mul norm permute reshape shortcut use_conv_mlp"),
         parts=_timm_parts,
-        first_linear=lambda block, z: block.mlp.fc1(z),
         pointwise=_timm_pointwise,
         join=_timm_join,
         norms=frozenset(
@@ -166,7 +165,6 @@ FAMILIES = (
         "CNBlock",
         names=frozenset({"block", "layer_scale", "stochastic_depth"}),
         parts=_torchvision_parts,
-        first_linear=lambda block, z: block.block[3](z),
         pointwise=_torchvision_pointwise,
         join=_torchvision_join,
         norms=frozenset({_TORCH_NORM}),
@@ -177,8 +175,9 @@ FAMILIES = (
         names=_names(
             "act drop_path dwconv layer_scale_parameter layernorm permute pwconv1 pwconv2"
         ),
-        parts=lambda block: Parts(block.dwconv, block.layernorm, (), block.act, block.pwconv2, ()),
-        first_linear=lambda block, z: block.pwconv1(z),
+        parts=lambda block: Parts(
+            block.dwconv, block.layernorm, (), block.pwconv1, block.act, block.pwconv2, ()
+        ),
         pointwise=_transformers_pointwise,
         join=_transformers_join,
     ),
@@ -187,9 +186,8 @@ FAMILIES = (
         "ConvNextV2",
         names=_names("act drop_path dwconv grn layernorm permute pwconv1 pwconv2"),
         parts=lambda block: Parts(
-            block.dwconv, block.layernorm, (), block.act, block.pwconv2, (block.grn,)
+            block.dwconv, block.layernorm, (), block.pwconv1, block.act, block.pwconv2, (block.grn,)
         ),
-        first_linear=lambda block, z: block.pwconv1(z),
         pointwise=_v2_pointwise,
         join=_v2_join,
     ),
@@ -204,11 +202,11 @@ FAMILIES = (
             block.depthwise_conv,
             block.layer_norm,
             (),
+            block.pointwise_conv1,
             block.activation_fn,
             block.pointwise_conv2,
             (),
         ),
-        first_linear=lambda block, z: block.pointwise_conv1(z),
         pointwise=lambda block, z: block.pointwise_conv2(
             block.activation_fn(block.pointwise_conv1(z))
         ),

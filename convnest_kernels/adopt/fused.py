@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from convnest_kernels import ops
 from convnest_kernels.adopt.families import FAMILIES, Family, Parts
 from convnest_kernels.adopt.gelu_linear import gelu_linear
+from convnest_kernels.adopt.matmul import differentiable_linear
 from convnest_kernels.ops import _contract
 from convnest_kernels.reference import common
 
@@ -65,7 +66,7 @@ class FusedBlock(nn.Module):
             state.backend,
         )
         if not traced and _gelu_linear_is_plain(parts):
-            t = gelu_linear(family.first_linear(self, z), parts.fc2.weight, parts.fc2.bias)
+            t = gelu_linear(_first_linear(parts.fc1, z), parts.fc2.weight, parts.fc2.bias)
         else:
             t = family.pointwise(self, z)
         return family.join(self, t, x)
@@ -192,6 +193,17 @@ def _can_run(family: Family, parts: Parts, block: nn.Module, x: Any, traced: boo
     return weight.dtype == x.dtype and all(p.dtype in (x.dtype, wide) for p in parameters)
 
 
+def _first_linear(fc1: Any, z: Tensor) -> Tensor:
+    """The first linear layer, which may be of any class and have hooks."""
+    if type(fc1) is nn.Linear and not _any_hook(fc1) and _is_plain(fc1.weight):
+        return differentiable_linear(z, fc1.weight, fc1.bias)
+    return fc1(z)
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return not is_traceable_wrapper_subclass(weight)
+
+
 def _gelu_linear_is_plain(parts: Parts) -> bool:
     """Whether the end of the pointwise half is GELU and a linear layer and nothing else."""
     act, fc2 = parts.act, parts.fc2
@@ -200,7 +212,7 @@ def _gelu_linear_is_plain(parts: Parts) -> bool:
         and (type(act).__module__, type(act).__name__) in _GELUS
         and getattr(act, "approximate", "none") == "none"
         and getattr(act, "act", nn.functional.gelu) is nn.functional.gelu
-        and not is_traceable_wrapper_subclass(fc2.weight)
+        and _is_plain(fc2.weight)
         and all(_does_nothing(module) for module in parts.inside)
         and not _any_hook(act, fc2, *parts.inside)
     )

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convnest_kernels.adopt import matmul
 from convnest_kernels.ops import _contract
 from convnest_kernels.reference import common
 
@@ -31,12 +32,13 @@ def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     # A compiler chooses by itself what to keep, and a torch.func transform cannot see through a
     # Function.
-    if (
-        torch.compiler.is_compiling()
-        or not _contract.wants_gradients(h, weight, bias)
-        or _contract.transform_is_active()
-    ):
+    if torch.compiler.is_compiling() or _contract.transform_is_active():
         return _plain(h, weight, bias)
+    if not _contract.wants_gradients(h, weight, bias):
+        g = F.gelu(h)
+        if common.autocast_is_on(h.device.type):
+            return F.linear(g, weight, bias)
+        return matmul.linear(g, weight, bias)
     if common.autocast_is_on(h.device.type) and h.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(h.device.type)
         h, weight = h.to(dtype), weight.to(dtype)
@@ -53,7 +55,7 @@ class _GeluLinear(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(h, weight, bias)
         with _contract.without_autocast(h):
-            return _plain(h, weight, bias)
+            return matmul.linear(F.gelu(h), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -65,9 +67,9 @@ class _GeluLinear(torch.autograd.Function):
         rows = dy.reshape(-1, dy.shape[-1])
         with _contract.without_autocast(dy):
             if needs[1]:
-                dweight = rows.t() @ F.gelu(h).reshape(-1, h.shape[-1])
+                dweight = matmul.outer(rows, F.gelu(h).reshape(-1, h.shape[-1]))
             if needs[2]:
                 dbias = rows.sum(0)
             if needs[0]:
-                dh = torch.ops.aten.gelu_backward(dy @ weight, h)
+                dh = torch.ops.aten.gelu_backward(matmul.linear(dy, weight.t(), None), h)
         return dh, dweight, dbias
