@@ -196,13 +196,20 @@ def test_timm_trains_it(name: str) -> None:
     assert max(scales) == 1 and min(scales) < 0.9**2
     decayed = {group["weight_decay"] for group in optimizer.param_groups}
     assert decayed == {0.0, 0.05}
-    scheduler, _ = create_scheduler_v2(optimizer, sched="cosine", num_epochs=4, warmup_epochs=0)
+    scheduler, _ = create_scheduler_v2(optimizer, sched="cosine", num_epochs=8, warmup_epochs=0)
     mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=2)
     ema = ModelEmaV3(model, decay=0.5)
-    colours = [(220, 30, 30), (30, 30, 220)]
-    losses = []
+    colours = [(250, 120, 20), (0, 20, 90)]
+    plain = create_transform(**config)
+    clean = torch.stack([plain(Image.new("RGB", (40, 40), colour)) for colour in colours])
+
+    def clean_loss(network: nn.Module) -> float:
+        with torch.no_grad():
+            return nn.functional.cross_entropy(network.eval()(clean), torch.arange(2)).item()
+
+    before = clean_loss(copy.deepcopy(model))
     criterion = SoftTargetCrossEntropy()
-    for step in range(30):
+    for step in range(80):
         labels = torch.arange(16) % 2
         x = torch.stack([transform(Image.new("RGB", (40, 40), colours[i])) for i in labels])
         x, target = mixup(x, labels)
@@ -211,13 +218,11 @@ def test_timm_trains_it(name: str) -> None:
         loss.backward()
         optimizer.step()
         ema.update(model, step=step)
-        losses.append(loss.item())
         if step % 10 == 9:
             scheduler.step(step // 10 + 1)
-    assert sum(losses[-5:]) < 0.93 * sum(losses[:5]), losses
-    plain = create_transform(**config)
-    x = torch.stack([plain(Image.new("RGB", (40, 40), colour)) for colour in colours])
-    assert ema.module.eval()(x).argmax(1).tolist() == [0, 1]
+    # Mixed targets keep the training loss up; images as they are tell what was learnt.
+    assert clean_loss(ema.module) < 0.8 * before
+    assert clean_loss(model) < 0.8 * before
 
 
 def test_a_checkpoint_goes_through_timm(tmp_path) -> None:  # type: ignore[no-untyped-def]
