@@ -35,7 +35,8 @@ def build(library: str) -> nn.Module:
         return timm.create_model("convnext_tiny", ls_init_value=0.1)
     from torchvision.models import convnext_tiny
 
-    return convnext_tiny(layer_scale=0.1)
+    # Both libraries without stochastic depth, so that both models do the same.
+    return convnext_tiny(layer_scale=0.1, stochastic_depth_prob=0.0)
 
 
 def seconds(function: Callable[[], object]) -> float:
