@@ -357,5 +357,42 @@ class _Cuda:
         dtype: int,
         stream: int,
     ) -> None: ...
+    def layernorm_residual_forward(
+        self,
+        t: int,
+        x: int,
+        ln_weight: int,
+        ln_bias: int,
+        scale: int,
+        y: int,
+        mean: int,
+        rstd: int,
+        rows: int,
+        C: int,
+        eps: float,
+        dtype: int,
+        stream: int,
+    ) -> None: ...
+    def layernorm_residual_backward_workspace(self, rows: int, C: int) -> int: ...
+    def layernorm_residual_backward(
+        self,
+        dy: int,
+        t: int,
+        x: int,
+        mean: int,
+        rstd: int,
+        ln_weight: int,
+        scale: int,
+        dt: int,
+        dx: int,
+        dln_weight: int,
+        dln_bias: int,
+        dscale: int,
+        workspace: int,
+        rows: int,
+        C: int,
+        dtype: int,
+        stream: int,
+    ) -> None: ...
 
 cuda: _Cuda

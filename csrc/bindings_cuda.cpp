@@ -14,6 +14,7 @@
 #include "driver_cuda.h"
 #include "dwconv_gelu_layernorm_cuda.h"
 #include "gelu_layernorm_cuda.h"
+#include "layernorm_residual_cuda.h"
 #include "nested_conv_cuda.h"
 
 namespace py = pybind11;
@@ -271,6 +272,64 @@ void bind_gelu_layernorm(py::module_& cuda) {
         py::arg("dtype"), py::arg("stream"), nogil);
 }
 
+void bind_layernorm_residual(py::module_& cuda) {
+    const auto nogil = py::call_guard<py::gil_scoped_release>();
+    cuda.def(
+        "layernorm_residual_forward",
+        [](Address t, Address x, Address ln_weight, Address ln_bias, Address scale, Address y,
+           Address mean, Address rstd, Size rows, Size C, float eps, int dtype, Address stream) {
+            const LayerNormResidualFwdParams params{.t = At{t},
+                                                    .x = At{x},
+                                                    .ln_weight = At{ln_weight},
+                                                    .ln_bias = At{ln_bias},
+                                                    .scale = At{scale},
+                                                    .y = At{y},
+                                                    .mean = At{mean},
+                                                    .rstd = At{rstd},
+                                                    .rows = rows,
+                                                    .C = to_int("C", C),
+                                                    .eps = eps};
+            if (rows == 0 || C == 0) return;
+            launch_layernorm_residual_fwd(params, element_type(dtype), At{stream});
+        },
+        py::arg("t"), py::arg("x"), py::arg("ln_weight"), py::arg("ln_bias"), py::arg("scale"),
+        py::arg("y"), py::arg("mean"), py::arg("rstd"), py::arg("rows"), py::arg("C"),
+        py::arg("eps"), py::arg("dtype"), py::arg("stream"), nogil);
+    cuda.def(
+        "layernorm_residual_backward_workspace",
+        [](Size rows, Size C) {
+            return layernorm_residual_bwd_workspace_bytes(rows, to_int("C", C));
+        },
+        py::arg("rows"), py::arg("C"), "Bytes of the backward's workspace.");
+    cuda.def(
+        "layernorm_residual_backward",
+        [](Address dy, Address t, Address x, Address mean, Address rstd, Address ln_weight,
+           Address scale, Address dt, Address dx, Address dln_weight, Address dln_bias,
+           Address dscale, Address workspace, Size rows, Size C, int dtype, Address stream) {
+            const LayerNormResidualBwdParams params{.dy = At{dy},
+                                                    .t = At{t},
+                                                    .x = At{x},
+                                                    .mean = At{mean},
+                                                    .rstd = At{rstd},
+                                                    .ln_weight = At{ln_weight},
+                                                    .scale = At{scale},
+                                                    .dt = At{dt},
+                                                    .dx = At{dx},
+                                                    .dln_weight = At{dln_weight},
+                                                    .dln_bias = At{dln_bias},
+                                                    .dscale = At{dscale},
+                                                    .workspace = At{workspace},
+                                                    .rows = rows,
+                                                    .C = to_int("C", C)};
+            if (rows == 0 || C == 0) return;
+            launch_layernorm_residual_bwd(params, element_type(dtype), At{stream});
+        },
+        py::arg("dy"), py::arg("t"), py::arg("x"), py::arg("mean"), py::arg("rstd"),
+        py::arg("ln_weight"), py::arg("scale"), py::arg("dt"), py::arg("dx"), py::arg("dln_weight"),
+        py::arg("dln_bias"), py::arg("dscale"), py::arg("workspace"), py::arg("rows"), py::arg("C"),
+        py::arg("dtype"), py::arg("stream"), nogil);
+}
+
 }  // namespace
 
 void bind(py::module_& cuda) {
@@ -283,6 +342,7 @@ void bind(py::module_& cuda) {
     bind_nested_conv(cuda);
     bind_dwconv_gelu_layernorm(cuda);
     bind_gelu_layernorm(cuda);
+    bind_layernorm_residual(cuda);
 }
 
 }  // namespace convnest::cuda

@@ -1,25 +1,13 @@
 // gelu_layernorm on CUDA devices: the launches. Instances: forward 3 element types × 2 orders ×
 // vector or scalar access = 12; backward the same × (1 or 2 vectors of a row) = 24.
-#include <stdexcept>
-#include <string>
-
-#include "common/layernorm_bwd.cuh"
-#include "common/row_statistics.cuh"
-#include "common/sum_partials.cuh"
+#include "common/row_launch.cuh"
 #include "gelu_layernorm_cuda.h"
 
 namespace convnest::cuda {
 
 namespace {
 
-bool aligned(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; }
-
-void check_rows(std::int64_t rows) {
-    if (rows >= std::int64_t{1} << 31) {
-        throw std::invalid_argument("gelu_layernorm: rows must be below 2^31, got " +
-                                    std::to_string(rows));
-    }
-}
+constexpr const char* kName = "gelu_layernorm";
 
 template <class Element, bool kVector>
 void forward(const GeluLayerNormFwdParams& p, void* stream) {
@@ -76,28 +64,17 @@ void backward(const GeluLayerNormBwdParams& p, void* stream) {
     sum(p.dln_bias, partials + p.C);
 }
 
-template <class Element>
-void forward(const GeluLayerNormFwdParams& p, void* stream) {
-    const bool vector = p.C % 8 == 0 && aligned(p.x) && aligned(p.y);
-    vector ? forward<Element, true>(p, stream) : forward<Element, false>(p, stream);
-}
-
-template <class Element>
-void backward(const GeluLayerNormBwdParams& p, void* stream) {
-    const bool vector = p.C % 8 == 0 && aligned(p.dy) && aligned(p.x) && aligned(p.dx);
-    vector ? backward<Element, true>(p, stream) : backward<Element, false>(p, stream);
-}
-
 }  // namespace
 
 void launch_gelu_layernorm_fwd(const GeluLayerNormFwdParams& params, ElementType type,
                                void* stream) {
-    check_rows(params.rows);
-    switch (type) {
-        case ElementType::bfloat16: return forward<BFloat16>(params, stream);
-        case ElementType::float16: return forward<Float16>(params, stream);
-        case ElementType::float32: return forward<Float32>(params, stream);
-    }
+    check_rows(kName, params.rows, params.C);
+    const bool vector = params.C % 8 == 0 && all_aligned(params.x, params.y);
+    with_element(type, [&](auto element) {
+        with_vector(vector, [&](auto is_vector) {
+            forward<decltype(element), decltype(is_vector)::value>(params, stream);
+        });
+    });
 }
 
 std::size_t gelu_layernorm_bwd_workspace_bytes(std::int64_t rows, int C) {
@@ -106,17 +83,13 @@ std::size_t gelu_layernorm_bwd_workspace_bytes(std::int64_t rows, int C) {
 
 void launch_gelu_layernorm_bwd(const GeluLayerNormBwdParams& params, ElementType type,
                                void* stream) {
-    check_rows(params.rows);
-    if (params.C > kMostRowChannels) {
-        throw std::invalid_argument("gelu_layernorm: C must be at most " +
-                                    std::to_string(kMostRowChannels) + ", got " +
-                                    std::to_string(params.C));
-    }
-    switch (type) {
-        case ElementType::bfloat16: return backward<BFloat16>(params, stream);
-        case ElementType::float16: return backward<Float16>(params, stream);
-        case ElementType::float32: return backward<Float32>(params, stream);
-    }
+    check_rows(kName, params.rows, params.C);
+    const bool vector = params.C % 8 == 0 && all_aligned(params.dy, params.x, params.dx);
+    with_element(type, [&](auto element) {
+        with_vector(vector, [&](auto is_vector) {
+            backward<decltype(element), decltype(is_vector)::value>(params, stream);
+        });
+    });
 }
 
 }  // namespace convnest::cuda

@@ -21,9 +21,11 @@ SOURCES = [
     "dwconv_gelu_layernorm.cu",
     "dwconv_gelu_layernorm_bwd.cu",
     "gelu_layernorm.cu",
+    "layernorm_residual.cu",
     "depthwise_fma.cu",
 ]
 ARCHS = ["sm_80", "sm_90"]
+MORE_ARCHS = ["sm_86", "sm_89", "sm_100", "sm_120"]
 
 # Registers of a thread, so that the blocks meant to share an SM do: two of 256 threads for the
 # vector kernels up to 7×7, one for the rest; the rows' backward has up to 512 threads.
@@ -31,7 +33,7 @@ REGISTERS = {
     "nested_conv_fwd_kernel": 128,
     "depthwise_kernel": 128,
     "depthwise_wgrad_kernel": 128,
-    "row_statistics_kernel": 80,
+    "row_statistics_kernel": 128,
     "layernorm_bwd_kernel": 128,
     "sum_partials_kernel": 32,
     "depthwise_fma_kernel": 128,
@@ -40,6 +42,7 @@ REGISTERS = {
 FMA = ("depthwise_fma_kernel", "depthwise_fma_wgrad_kernel")
 # With more taps than 7×7 one block of 256 threads, or two of 192, share an SM.
 FMA_REGISTERS = {9: 232, 11: 192, 13: 192}
+ROWS = ("row_statistics_kernel", "layernorm_bwd_kernel")
 CONVOLUTIONS = ("nested_conv_fwd_kernel", "depthwise_kernel", "depthwise_wgrad_kernel")
 
 # 1024 nominal outputs of a 7×7 in bf16 take this many warp instructions at most.
@@ -60,7 +63,13 @@ def parse(kernel: sass.Kernel) -> tuple[str, list[str]]:
     return name, parameters.rstrip(">").split(", ")
 
 
-@pytest.fixture(params=[(s, a) for s in SOURCES for a in ARCHS], ids="-".join)
+@pytest.fixture(
+    params=[
+        pytest.param((s, a), marks=[] if a in ARCHS else pytest.mark.slow, id=f"{s}-{a}")
+        for s in SOURCES
+        for a in (*ARCHS, *MORE_ARCHS)
+    ]
+)
 def compiled(request):
     return kernels(*request.param)
 
@@ -123,6 +132,20 @@ def test_global_accesses_are_16_bytes_wide(compiled):
 
 
 @reads_machine_code
+def test_row_kernels_move_16_bytes_at_a_time(compiled):
+    for kernel in compiled:
+        name, parameters = parse(kernel)
+        if name not in ROWS or parameters[-1] != "true":
+            continue
+        reads = [op for op, _ in kernel.instructions if op.startswith("LDG")]
+        writes = [op for op, _ in kernel.instructions if op.startswith("STG")]
+        # Rows in 16 bytes; parameters, statistics and partial sums are single floats.
+        assert any("128" in op for op in reads), kernel.name
+        assert any("128" in op for op in writes) or "(RowOutput)0" in parameters, kernel.name
+        assert not [op for op in reads + writes if ".U8" in op or ".U16" in op], kernel.name
+
+
+@reads_machine_code
 def test_stage_instructions_within_budget(compiled):
     for kernel in compiled:
         name, parameters = parse(kernel)
@@ -140,6 +163,7 @@ def test_template_instances_are_as_counted_in_the_sources():
     assert len(kernels("dwconv_gelu_layernorm.cu", "sm_80")) == 16 + 18
     assert len(kernels("dwconv_gelu_layernorm_bwd.cu", "sm_80")) == 16 + 16 + 36 + 1
     assert len(kernels("gelu_layernorm.cu", "sm_80")) == 12 + 24 + 1
+    assert len(kernels("layernorm_residual.cu", "sm_80")) == 6 + 12 + 1
     assert len(kernels("depthwise_fma.cu", "sm_80")) == 10 + 10
 
 

@@ -59,6 +59,18 @@ def test_output_and_gradients(case: Case, dtype: torch.dtype, emulated: emulatio
     assert emulated.launches == 2
 
 
+@pytest.mark.parametrize("options", [(), (("norm_first", True),)], ids=["", "norm_first"])
+@pytest.mark.parametrize("channels", [4608, 8192, 4101])
+def test_wide_rows(channels: int, options: tuple[tuple[str, bool], ...]) -> None:
+    """Two vectors of a row to a thread; of floats, what is needed last is read twice."""
+    for dtype in (torch.float32, torch.bfloat16):
+        case = Case("gelu_layernorm", (3, channels), options=options)
+        check(case, make_inputs(case, dtype), "cuda")
+        if not options:
+            case = Case("layernorm_residual", (3, channels))
+            check(case, make_inputs(case, dtype), "cuda")
+
+
 @pytest.mark.parametrize(
     ("operator", "dtype"), [pair for pair in PAIRS if pair[1] != torch.float32]
 )

@@ -24,6 +24,7 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "nested_conv": FLOATS,
     "dwconv_gelu_layernorm": FLOATS,
     "gelu_layernorm": FLOATS,
+    "layernorm_residual": FLOATS,
 }
 KERNEL_SIZES = dict.fromkeys(("nested_conv", "dwconv_gelu_layernorm"), (3, 5, 7, 9, 11, 13))
 MAX_CHANNELS = 8192  # what the backward of a norm holds in the registers of a block

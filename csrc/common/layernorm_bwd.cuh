@@ -1,4 +1,4 @@
-// The backward of a LayerNorm beside a GELU over rows, in one pass:
+// The backward of a LayerNorm beside a GELU or a residual sum over rows, in one pass:
 //
 //     kGeluThenNorm   y = LN(GELU(x)):  g = GELU(x), ẑ = (g − mean)·rstd, a = dy·γ
 //                     dx = GELU'(x) ⊙ ((a − m1 − ẑ·m2)·rstd [+ extra]),   m1 = mean(a), m2 =
@@ -6,6 +6,7 @@
 //     kNormThenGelu   y = GELU(LN(x)):  ẑ = (x − mean)·rstd, dy ← dy ⊙ GELU'(γẑ + β), then
 //                     dx = (a − m1 − ẑ·m2)·rstd [+ extra]
 //     kNorm           y = LN(x):        dx as in kNormThenGelu, without the GELU
+//     kNormResidual   y = s·r + LN(x):  dx as in kNorm; dr = s·dy, ds = Σ_rows dy·r
 //     all             dγ = Σ_rows dy·ẑ,  dβ = Σ_rows dy
 //
 // Reads dy, x, extra [rows, C] (extra may be null), mean, rstd; writes dx (unless null) and partial
@@ -22,7 +23,7 @@
 
 namespace convnest::cuda {
 
-enum class NormOrder { gelu_then_norm, norm_then_gelu, norm };
+enum class NormOrder { gelu_then_norm, norm_then_gelu, norm, norm_residual };
 
 constexpr int kRowThreads = 512;  // the most threads of a block
 constexpr int kMostRowOctets = 2;
@@ -31,17 +32,21 @@ constexpr int kMostRowChannels = kRowThreads * kMostRowOctets * 8;
 struct LayerNormBwdArgs {
     const void* dy;          // [rows, C]
     const void* x;           // [rows, C]
-    const void* extra;       // [rows, C] or null: added to the gradient of the norm's input
+    const void* extra;       // [rows, C] or null: added to the gradient of the norm's input;
+                             // norm_residual: the residual r, null where ds is not wanted
     const float* mean;       // [rows]
     const float* rstd;       // [rows]
     const float* ln_weight;  // [C] or null
     const float* ln_bias;    // [C] or null; norm_then_gelu only
     void* dx;                // [rows, C] or null
-    float* partials;         // [groups, 2, C] or null: of dγ and dβ
+    float* partials;         // [groups, 2, C] or null: of dγ and dβ; norm_residual: 3, also ds
     std::uint32_t rows;
     int C;
     int threads_per_row;
     int groups;
+    // norm_residual alone
+    const float* scale = nullptr;  // [C] or null: 1
+    void* dresidual = nullptr;     // [rows, C] or null
 };
 
 template <int kOctets>
@@ -62,6 +67,7 @@ __global__ void __launch_bounds__(kRowThreads) layernorm_bwd_kernel(LayerNormBwd
 
     using Storage = typename Element::Storage;
     using Vector = RowVector<Element>;
+    constexpr bool kResidual = kOrder == NormOrder::norm_residual;
     struct Vectors {
         Vector dy[kOctets], x[kOctets], extra[kOctets];
         float mean, rstd;
@@ -85,10 +91,11 @@ __global__ void __launch_bounds__(kRowThreads) layernorm_bwd_kernel(LayerNormBwd
             };
             v.dy[o] = read(args.dy);
             v.x[o] = read(args.x);
-            if (args.extra != nullptr && !kAgain) v.extra[o] = read(args.extra);
+            if (args.extra != nullptr && (kResidual || !kAgain)) v.extra[o] = read(args.extra);
         }
     };
     float gamma_register[8], beta[kOctets][8], dgamma[kOctets][8], dbeta[kOctets][8];
+    float dscale[kOctets][8];
 #pragma unroll
     for (int o = 0; o < kOctets; ++o) {
 #pragma unroll
@@ -103,7 +110,7 @@ __global__ void __launch_bounds__(kRowThreads) layernorm_bwd_kernel(LayerNormBwd
                 store_shared(&shared.gamma[o * 8 + i][threadIdx.x], gamma);
             }
             beta[o][i] = exists && args.ln_bias ? load_global(args.ln_bias + channel) : 0.f;
-            dgamma[o][i] = dbeta[o][i] = 0.f;
+            dgamma[o][i] = dbeta[o][i] = dscale[o][i] = 0.f;
         }
     }
 
@@ -136,6 +143,7 @@ __global__ void __launch_bounds__(kRowThreads) layernorm_bwd_kernel(LayerNormBwd
                 if (kOrder == NormOrder::gelu_then_norm) value = gelu_of<Element>(value);
                 normal[o][i] = exists ? (value - v.mean) * v.rstd : 0.f;
                 dy[o][i] = v.dy[o].get(i);
+                if (kResidual) dscale[o][i] = fmaf(dy[o][i], v.extra[o].get(i), dscale[o][i]);
                 if (kOrder == NormOrder::norm_then_gelu) {
                     dy[o][i] *= gelu_slope_of<Element>(fmaf(normal[o][i], gamma, beta[o][i]));
                 }
@@ -144,6 +152,19 @@ __global__ void __launch_bounds__(kRowThreads) layernorm_bwd_kernel(LayerNormBwd
                 dy[o][i] *= gamma;
                 sum += dy[o][i];
                 sum_normal = fmaf(dy[o][i], normal[o][i], sum_normal);
+            }
+            // Here, where dy is at hand, and not with dx.
+            const int channel = octet_of(o) * 8, channels = args.C - channel;
+            if (kResidual && args.dresidual != nullptr && row < args.rows && channels > 0) {
+                float dr[8];
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const bool scaled = args.scale != nullptr && i < channels;
+                    dr[i] = v.dy[o].get(i) * (scaled ? load_global(args.scale + channel + i) : 1.f);
+                }
+                Storage* out = static_cast<Storage*>(args.dresidual) +
+                               static_cast<std::size_t>(row) * args.C + channel;
+                Vector::template store<kVector>(out, dr, channels);
             }
         }
         sum = warp_sum(sum);
@@ -168,31 +189,33 @@ __global__ void __launch_bounds__(kRowThreads) layernorm_bwd_kernel(LayerNormBwd
         for (int o = 0; o < kOctets; ++o) {
             const int channel = octet_of(o) * 8, channels = args.C - channel;
             if (channels <= 0) continue;
+            const std::size_t first = static_cast<std::size_t>(row) * args.C;
+            const auto read = [&](const void* tensor) {
+                return Vector::template load<kVector>(
+                    static_cast<const Storage*>(tensor) + first + channel, channels);
+            };
             Vector x = v.x[o], extra = v.extra[o];
             if (kAgain) {
-                const std::size_t first = static_cast<std::size_t>(row) * args.C;
-                const auto read = [&](const void* tensor) {
-                    return Vector::template load<kVector>(
-                        static_cast<const Storage*>(tensor) + first + channel, channels);
-                };
                 if (kOrder == NormOrder::gelu_then_norm) x = read(args.x);
-                if (args.extra != nullptr) extra = read(args.extra);
+                if (!kResidual && args.extra != nullptr) extra = read(args.extra);
             }
             float dx[8];
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-                dx[i] = fmaf(dy[o][i] - fmaf(normal[o][i], m2, m1), v.rstd, extra.get(i));
+                const float added = kResidual ? 0.f : extra.get(i);
+                dx[i] = fmaf(dy[o][i] - fmaf(normal[o][i], m2, m1), v.rstd, added);
                 if (kOrder == NormOrder::gelu_then_norm) {
                     dx[i] *= gelu_slope_of<Element>(x.get(i));
                 }
             }
-            Storage* out = static_cast<Storage*>(args.dx) + static_cast<std::size_t>(row) * args.C;
+            Storage* out = static_cast<Storage*>(args.dx) + first;
             Vector::template store<kVector>(out + channel, dx, channels);
         }
     }
 
     if (args.partials == nullptr) return;
-    float* out = args.partials + static_cast<std::size_t>(group) * 2 * args.C;
+    constexpr int kSums = kResidual ? 3 : 2;
+    float* out = args.partials + static_cast<std::size_t>(group) * kSums * args.C;
 #pragma unroll
     for (int o = 0; o < kOctets; ++o) {
 #pragma unroll
@@ -201,6 +224,7 @@ __global__ void __launch_bounds__(kRowThreads) layernorm_bwd_kernel(LayerNormBwd
             if (channel >= args.C) continue;
             store_global(out + channel, dgamma[o][i]);
             store_global(out + args.C + channel, dbeta[o][i]);
+            if (kResidual) store_global(out + 2 * args.C + channel, dscale[o][i]);
         }
     }
 }

@@ -4,10 +4,11 @@
 //                                           squares), over registers for C <= 8192
 //     RowOutput::norm            y = ẑ·γ + β,  ẑ = (f − mean)·rstd
 //     RowOutput::norm_then_gelu  y = GELU(ẑ·γ + β)
+//     RowOutput::norm_residual   y = s·r + ẑ·γ + β
 //
-// Reads x [rows, C] and γ, β; writes mean and rstd [rows] (unless null) and y. A row belongs to 32,
-// 64, 128 or 256 neighbouring threads, so that each holds up to 4 vectors of 8 channels; what is
-// beyond is read anew in each pass.
+// Reads x, r [rows, C] and γ, β, s [C]; writes mean and rstd [rows] (unless null) and y. A row
+// belongs to 32, 64, 128 or 256 neighbouring threads, so that each holds up to 4 vectors of 8
+// channels; what is beyond is read anew in each pass.
 #pragma once
 
 #include "common/element.cuh"
@@ -27,9 +28,12 @@ struct RowStatisticsParams {
     void* y;                 // [rows, C]; unless RowOutput::statistics, as the two below
     const float* ln_weight;  // [C] or null
     const float* ln_bias;    // [C] or null
+    // norm_residual alone
+    const void* residual = nullptr;  // [rows, C]
+    const float* scale = nullptr;    // [C] or null: 1
 };
 
-enum class RowOutput { statistics, norm, norm_then_gelu };
+enum class RowOutput { statistics, norm, norm_then_gelu, norm_residual };
 
 struct RowStatisticsShared {
     float sums[2][kThreads / kWarpSize];
@@ -57,7 +61,7 @@ __device__ __forceinline__ float row_sum(float value, float (&sums)[kThreads / k
     return sum;
 }
 
-// kVector: C % 8 == 0, x and y are 16-byte aligned.
+// kVector: C % 8 == 0, x, y and the residual are 16-byte aligned.
 template <class Element, bool kGelu, RowOutput kOutput, bool kVector>
 __global__ void __launch_bounds__(kThreads, kVector ? 2 : 1)
     row_statistics_kernel(RowStatisticsParams p) {
@@ -133,6 +137,13 @@ __global__ void __launch_bounds__(kThreads, kVector ? 2 : 1)
     }
     if constexpr (kOutput != RowOutput::statistics) {
         const auto write = [&](const float (&value)[8], int octet) {
+            const std::size_t offset = static_cast<std::size_t>(row) * p.C + octet * 8;
+            const int channels = p.C - octet * 8;
+            RowVector<Element> residual;
+            if constexpr (kOutput == RowOutput::norm_residual) {
+                residual = RowVector<Element>::template load<kVector>(
+                    static_cast<const Storage*>(p.residual) + offset, channels);
+            }
             float y[8];
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
@@ -143,9 +154,13 @@ __global__ void __launch_bounds__(kThreads, kVector ? 2 : 1)
                 const float beta = exists && p.ln_bias ? load_global(p.ln_bias + channel) : 0.f;
                 y[i] = fmaf((value[i] - mean) * rstd, gamma, beta);
                 if (kOutput == RowOutput::norm_then_gelu) y[i] = gelu_of<Element>(y[i]);
+                if constexpr (kOutput == RowOutput::norm_residual) {
+                    const float scale = exists && p.scale ? load_global(p.scale + channel) : 1.f;
+                    y[i] = fmaf(residual.get(i), scale, y[i]);
+                }
             }
-            Storage* out = static_cast<Storage*>(p.y) + static_cast<std::size_t>(row) * p.C;
-            RowVector<Element>::template store<kVector>(out + octet * 8, y, p.C - octet * 8);
+            RowVector<Element>::template store<kVector>(static_cast<Storage*>(p.y) + offset, y,
+                                                        channels);
         };
 #pragma unroll
         for (int j = 0; j < kHeld; ++j) {

@@ -1,0 +1,49 @@
+// What the launches of the row operators share: checks, alignment, the choice of the instance.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "common/element_type.h"
+#include "common/layernorm_bwd.cuh"
+#include "common/row_statistics.cuh"
+#include "common/sum_partials.cuh"
+
+namespace convnest::cuda {
+
+template <class... Pointers>
+bool all_aligned(const Pointers*... pointers) {
+    return ((reinterpret_cast<std::uintptr_t>(pointers) % 16 == 0) && ...);
+}
+
+// Throws std::invalid_argument for sizes that the row kernels do not take.
+inline void check_rows(const char* name, std::int64_t rows, int C) {
+    const auto refuse = [&](const std::string& what) {
+        throw std::invalid_argument(name + (": " + what));
+    };
+    if (rows >= std::int64_t{1} << 31) {
+        refuse("rows must be below 2^31, got " + std::to_string(rows));
+    }
+    if (C > kMostRowChannels) {
+        refuse("C must be at most " + std::to_string(kMostRowChannels) + ", got " +
+               std::to_string(C));
+    }
+}
+
+// Calls body(Element{}) for the type.
+template <class Body>
+void with_element(ElementType type, const Body& body) {
+    switch (type) {
+        case ElementType::float32: return body(Float32{});
+        case ElementType::bfloat16: return body(BFloat16{});
+        case ElementType::float16: return body(Float16{});
+    }
+}
+
+// Calls body(std::true_type) for rows that 16-byte accesses fit, else body(std::false_type).
+template <class Body>
+void with_vector(bool vector, const Body& body) {
+    vector ? body(std::true_type{}) : body(std::false_type{});
+}
+
+}  // namespace convnest::cuda
