@@ -1,8 +1,8 @@
 """Linear layers by oneDNN, where torch would take an MKL that this processor runs at half speed.
 
 MKL keeps its AVX-512 kernels to Intel's processors. On one Zen 5 core, at the shapes of ConvNeXt-T
-and batch 8, oneDNN's float32 kernels, which torch brings for its compiler, are 1.5 to 2.6 times as
-fast, the weight gradient from 1.3 (`python -m bench.adoption --matmul`). Elsewhere these functions
+and batch 8, oneDNN's float32 kernels, which torch brings for its compiler, are 1.3 to 3.2 times as
+fast, most of them twice (`python -m bench.adoption --matmul --threads 1`). Elsewhere these functions
 are torch's own.
 """
 

@@ -128,6 +128,8 @@ def test_forward_intermediates(name: str) -> None:
         torch.testing.assert_close(got, seen[0])
     only = model.forward_intermediates(x, indices=2, intermediates_only=True)
     torch.testing.assert_close(only[0], maps[2])
+    late, _ = model.forward_intermediates(x, indices=[1])
+    torch.testing.assert_close(late, last)
     ran = []
     model.stages[-1].blocks[-1].register_forward_hook(lambda *args: ran.append(1))
     early, _ = model.forward_intermediates(x, indices=[1], stop_early=True)
