@@ -2,8 +2,8 @@
 
 MKL keeps its AVX-512 kernels to Intel's processors. On one Zen 5 core, at the shapes of ConvNeXt-T
 and batch 8, oneDNN's float32 kernels, which torch brings for its compiler, are 1.3 to 3.2 times as
-fast, most of them twice (`python -m bench.adoption --matmul --threads 1`). Elsewhere these functions
-are torch's own.
+fast, most of them twice (`python -m bench.adoption --matmul --threads 1`). Elsewhere these
+functions are torch's own.
 """
 
 from __future__ import annotations
