@@ -6,12 +6,15 @@
 // panel that all row tiles walk over stays in the L1 cache.
 // Operands are float or double; or, where the instruction set multiplies pairs of bfloat16 and adds
 // them in float, BFloat16, whose packed element is a pair of k (twice the rate).
-// Used by nested_block, whose layers read and write scratch memory of one band of image rows.
+// Used by nested_block, whose layers read and write scratch memory: of one band of image rows, or
+// of a few small images (nested_block_slices.h), where a part of K or of the outputs is done at a
+// time.
 #pragma once
 
 #include <cstdint>
 
 #include "common/parameters.h"
+#include "common/partition.h"
 
 namespace convnest::CONVNEST_ISA {
 
@@ -49,6 +52,25 @@ CONVNEST_INLINE std::int64_t packed_elements(std::int64_t K, std::int64_t M) {
     return packed_steps<E>(K) * padded_channels<Accumulate<E>>(M);
 }
 
+// Vectors of a panel: 8 x 3 sums, 3 weights and a broadcast input fit 32 registers.
+constexpr int kPanel = kVectorBytes == 64 ? 3 : 2;
+
+// The i-th of the panels that `blocks` vectors are cut into. A last panel of a single vector would
+// wait for its loads: it shares the vectors of the one before.
+struct Panel {
+    std::int64_t first, vectors;
+};
+CONVNEST_INLINE std::int64_t panel_count(std::int64_t blocks) {
+    return (blocks + kPanel - 1) / kPanel;
+}
+CONVNEST_INLINE Panel panel_at(std::int64_t blocks, std::int64_t i) {
+    const std::int64_t first = i * kPanel, last = panel_count(blocks) - 1;
+    const bool share = kPanel == 3 && last > 0 && blocks % kPanel == 1;
+    if (share && i == last) return {first - 1, 2};
+    if (share && i == last - 1) return {first, 2};
+    return {first, blocks - first < kPanel ? blocks - first : kPanel};
+}
+
 }  // namespace
 
 // y is written in whole vectors; its lanes from M on are 0. Rows of BFloat16 must be followed by a
@@ -75,6 +97,7 @@ struct PackLinear {
 };
 
 // The weight gradient of a layer: sum[m, c] += sum_i a[i, m] b[i, c]; columns in whole vectors.
+// With `first` what sum held before does not count.
 template <class A>
 struct OuterRows {
     const A* a;
@@ -84,16 +107,23 @@ struct OuterRows {
     A* sum;
     std::int64_t sum_stride;
     std::int64_t rows, M, columns;
+    bool first = false;
 };
 
 void outer_rows(const OuterRows<float>&);
 void outer_rows(const OuterRows<double>&);
 void linear_rows(const LinearRows<float>&);
 void linear_rows(const LinearRows<double>&);
+// The same for some panels of outputs and some packed steps of k, added to y unless they are the
+// first. x is at the first of these steps, y at the first of these outputs. Steps that are done in
+// order give the bits of all at once.
+void linear_part(const LinearRows<float>&, Range panels, Range steps);
+void linear_part(const LinearRows<double>&, Range panels, Range steps);
 void pack_linear(const PackLinear<float>&);
 void pack_linear(const PackLinear<double>&);
 #if defined(__AVX512BF16__)
 void linear_rows(const LinearRows<BFloat16>&);
+void linear_part(const LinearRows<BFloat16>&, Range panels, Range steps);
 void pack_linear(const PackLinear<BFloat16>&);
 #endif
 

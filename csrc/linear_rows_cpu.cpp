@@ -8,9 +8,7 @@ namespace {
 // 8 x 3 tile loads 11 times for 24 multiply-adds, within the two loads that go with two of these;
 // 7 x 4 leaves no register for the input, and loads it for every one (both measured on Zen 5: 98%
 // and 85% of the multiply-add rate).
-constexpr bool kManyRegisters = kVectorBytes == 64;
-constexpr int kPanel = kManyRegisters ? 3 : 2;
-constexpr int kRowTile = kManyRegisters ? 8 : 6;
+constexpr int kRowTile = kVectorBytes == 64 ? 8 : 6;
 // The part of a panel that stays in the L1 cache while all rows pass.
 constexpr std::int64_t kPanelBytes = 24 << 10;
 
@@ -30,9 +28,12 @@ CONVNEST_INLINE Floats multiply_add(Floats sum, const BFloat16* x, const std::ui
 }
 #endif
 
-// y[i, v] += sum_k x[i, k] w[k, v] for `count` steps of k, from the bias where kFirst is set.
+// What a sum starts from.
+enum class Start { kY, kBias, kZero };
+
+// y[i, v] = start + sum_k x[i, k] w[k, v] for `count` steps of k.
 // Consecutive rows of x and of y lie x_row and y_row apart, consecutive k of x and w x_k and w_k.
-template <class E, int P, int V, bool kFirst>
+template <class E, int P, int V, Start kStart>
 CONVNEST_INLINE void tile(const E* x, std::int64_t x_row, std::int64_t x_k,
                           const typename Operand<E>::Packed* weight, std::int64_t w_k,
                           std::int64_t count, const Accumulate<E>* bias, Accumulate<E>* y,
@@ -42,7 +43,9 @@ CONVNEST_INLINE void tile(const E* x, std::int64_t x_row, std::int64_t x_k,
     Vec<A> sum[P][V];
     unroll<P>([&](auto i) CONVNEST_INLINE_LAMBDA {
         unroll<V>([&](auto v) CONVNEST_INLINE_LAMBDA {
-            sum[i][v] = kFirst ? load(bias + v * L) : load(y + i * y_row + v * L);
+            if constexpr (kStart == Start::kY) sum[i][v] = load(y + i * y_row + v * L);
+            if constexpr (kStart == Start::kBias) sum[i][v] = load(bias + v * L);
+            if constexpr (kStart == Start::kZero) sum[i][v] = Vec<A>{};
         });
     });
     for (std::int64_t k = 0; k < count; ++k) {
@@ -71,50 +74,10 @@ CONVNEST_INLINE void over_rows(std::int64_t rows, F&& f) {
     step(Constant<1>{});
 }
 
-// Steps [k, k + count) of the panel of V vectors from `first` on, for all rows.
-template <class E, int V, bool kFirst>
-void panel_rows(const LinearRows<E>& l, std::int64_t first, std::int64_t k, std::int64_t count) {
-    constexpr int L = kLanes<Accumulate<E>>;
-    const std::int64_t column = first * L;
-    const auto* weight = l.weight + column * packed_steps<E>(l.K) + k * V * L;
-    const E* x = l.x + k * Operand<E>::kStep;
-    over_rows(l.rows, [&](auto P, std::int64_t row) CONVNEST_INLINE_LAMBDA {
-        tile<E, decltype(P)::value, V, kFirst>(x + row * l.x_stride, l.x_stride, Operand<E>::kStep,
-                                               weight, V * L, count, l.bias + column,
-                                               l.y + row * l.y_stride + column, l.y_stride);
-    });
-}
-
-template <class E, int V>
-void panel_of(const LinearRows<E>& l, std::int64_t first) {
-    constexpr std::int64_t kCount = kPanelBytes / (V * kVectorBytes);
-    const std::int64_t steps = packed_steps<E>(l.K);
-    panel_rows<E, V, true>(l, first, 0, steps < kCount ? steps : kCount);
-    for (std::int64_t k = kCount; k < steps; k += kCount) {
-        panel_rows<E, V, false>(l, first, k, steps - k < kCount ? steps - k : kCount);
-    }
-}
-
-// The i-th of the panels that `blocks` vectors are cut into. A last panel of a single vector would
-// wait for its loads: it shares the vectors of the one before.
-struct Panel {
-    std::int64_t first, vectors;
-};
-CONVNEST_INLINE std::int64_t panel_count(std::int64_t blocks) {
-    return (blocks + kPanel - 1) / kPanel;
-}
-CONVNEST_INLINE Panel panel_at(std::int64_t blocks, std::int64_t i) {
-    const std::int64_t first = i * kPanel, last = panel_count(blocks) - 1;
-    const bool share = kPanel == 3 && last > 0 && blocks % kPanel == 1;
-    if (share && i == last) return {first - 1, 2};
-    if (share && i == last - 1) return {first, 2};
-    return {first, blocks - first < kPanel ? blocks - first : kPanel};
-}
-
-// f(V, first vector) for all panels.
+// f(V, first vector) for the panels in `range`.
 template <class F>
-CONVNEST_INLINE void over_panels(std::int64_t blocks, F&& f) {
-    for (std::int64_t i = 0; i < panel_count(blocks); ++i) {
+CONVNEST_INLINE void over_panels(std::int64_t blocks, Range range, F&& f) {
+    for (std::int64_t i = range.begin; i < range.end; ++i) {
         const Panel panel = panel_at(blocks, i);
         unroll<kPanel>([&](auto v) CONVNEST_INLINE_LAMBDA {
             constexpr int V = decltype(v)::value + 1;
@@ -123,25 +86,68 @@ CONVNEST_INLINE void over_panels(std::int64_t blocks, F&& f) {
     }
 }
 
-template <class E>
-void all_panels(const LinearRows<E>& l) {
-    over_panels(block_count<Accumulate<E>>(l.M),
-                [&](auto V, std::int64_t first) { panel_of<E, decltype(V)::value>(l, first); });
+// `count` steps from k on of the panel of V vectors from `column` on, for all rows; x and y are at
+// their first step and column.
+template <class E, int V, Start kStart>
+void panel_rows(const LinearRows<E>& l, const E* x, Accumulate<E>* y, std::int64_t column,
+                std::int64_t k, std::int64_t count) {
+    constexpr int L = kLanes<Accumulate<E>>;
+    const auto* weight = l.weight + column * packed_steps<E>(l.K) + k * V * L;
+    over_rows(l.rows, [&](auto P, std::int64_t row) CONVNEST_INLINE_LAMBDA {
+        tile<E, decltype(P)::value, V, kStart>(x + row * l.x_stride, l.x_stride, Operand<E>::kStep,
+                                               weight, V * L, count, l.bias + column,
+                                               y + row * l.y_stride, l.y_stride);
+    });
 }
 
-template <class A, int V>
+template <class E, int V>
+void panel_part(const LinearRows<E>& l, std::int64_t column, Accumulate<E>* y, Range steps) {
+    constexpr std::int64_t kCount = kPanelBytes / (V * kVectorBytes);
+    for (std::int64_t k = steps.begin; k < steps.end; k += kCount) {
+        const std::int64_t left = steps.end - k, count = left < kCount ? left : kCount;
+        const E* x = l.x + (k - steps.begin) * Operand<E>::kStep;
+        if (k == 0) {
+            panel_rows<E, V, Start::kBias>(l, x, y, column, k, count);
+        } else {
+            panel_rows<E, V, Start::kY>(l, x, y, column, k, count);
+        }
+    }
+}
+
+template <class E>
+void some_panels(const LinearRows<E>& l, Range panels, Range steps) {
+    constexpr int L = kLanes<Accumulate<E>>;
+    const std::int64_t blocks = block_count<Accumulate<E>>(l.M);
+    const std::int64_t origin = panel_at(blocks, panels.begin).first;
+    over_panels(blocks, panels, [&](auto V, std::int64_t first) {
+        panel_part<E, decltype(V)::value>(l, first * L, l.y + (first - origin) * L, steps);
+    });
+}
+
+template <class E>
+void all_panels(const LinearRows<E>& l) {
+    some_panels(l, {0, panel_count(block_count<Accumulate<E>>(l.M))}, {0, packed_steps<E>(l.K)});
+}
+
+template <class A, int V, Start kStart>
 void outer_panel(const OuterRows<A>& o, std::int64_t column) {
     over_rows(o.M, [&](auto P, std::int64_t m) CONVNEST_INLINE_LAMBDA {
-        tile<A, decltype(P)::value, V, false>(o.a + m, 1, o.a_stride, o.b + column, o.b_stride,
-                                              o.rows, nullptr, o.sum + m * o.sum_stride + column,
-                                              o.sum_stride);
+        tile<A, decltype(P)::value, V, kStart>(o.a + m, 1, o.a_stride, o.b + column, o.b_stride,
+                                               o.rows, nullptr, o.sum + m * o.sum_stride + column,
+                                               o.sum_stride);
     });
 }
 
 template <class A>
 void all_columns(const OuterRows<A>& o) {
-    over_panels(o.columns / kLanes<A>, [&](auto V, std::int64_t first) {
-        outer_panel<A, decltype(V)::value>(o, first * kLanes<A>);
+    const std::int64_t blocks = o.columns / kLanes<A>;
+    over_panels(blocks, {0, panel_count(blocks)}, [&](auto V, std::int64_t first) {
+        const std::int64_t column = first * kLanes<A>;
+        if (o.first) {
+            outer_panel<A, decltype(V)::value, Start::kZero>(o, column);
+        } else {
+            outer_panel<A, decltype(V)::value, Start::kY>(o, column);
+        }
     });
 }
 
@@ -245,10 +251,19 @@ void outer_rows(const OuterRows<float>& o) { all_columns(o); }
 void outer_rows(const OuterRows<double>& o) { all_columns(o); }
 void linear_rows(const LinearRows<float>& l) { all_panels(l); }
 void linear_rows(const LinearRows<double>& l) { all_panels(l); }
+void linear_part(const LinearRows<float>& l, Range panels, Range steps) {
+    some_panels(l, panels, steps);
+}
+void linear_part(const LinearRows<double>& l, Range panels, Range steps) {
+    some_panels(l, panels, steps);
+}
 void pack_linear(const PackLinear<float>& p) { pack(p); }
 void pack_linear(const PackLinear<double>& p) { pack(p); }
 #if defined(__AVX512BF16__)
 void linear_rows(const LinearRows<BFloat16>& l) { all_panels(l); }
+void linear_part(const LinearRows<BFloat16>& l, Range panels, Range steps) {
+    some_panels(l, panels, steps);
+}
 void pack_linear(const PackLinear<BFloat16>& p) { pack(p); }
 #endif
 

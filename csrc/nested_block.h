@@ -16,7 +16,7 @@ namespace convnest {
 
 struct NestedBlockFwdParams {
     const void* x;            // [N, H, W, C]
-    const void* fc1_weight;   // [D, C]
+    const void* fc1_weight;   // [D, C]; the three weights are not read where they are packed
     const void* fc1_bias;     // [D], null: none
     const void* norm_weight;  // [D], null: ones
     const void* norm_bias;    // [D], null: zeros

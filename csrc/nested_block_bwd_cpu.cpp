@@ -9,16 +9,19 @@
 // Where h or u was not kept, a band first computes them again for its rows and the halo that du
 // needs, by the code of forward, so that the gradients have the same bits whatever was kept.
 // Parameter gradients go into one partial per chunk and are summed in order.
-#include "nested_block_rows.h"
+// Small maps have a pass of their own: nested_block_bwd_slices_cpu.cpp.
+#include "nested_block_bwd_pixel.h"
+#include "nested_block_bwd_slices.h"
 #include "nested_conv_bwd_rows.h"
 
 namespace convnest::CONVNEST_ISA {
 namespace {
 
 // The partial sums of the linear layers and of the last norm.
-template <class A>
+template <class T>
 struct BlockPartials {
-    enum Vector { kFc2Bias, kPostWeight, kPostBias, kScale, kVectors };
+    using A = Accumulate<T>;
+    static constexpr int kVectors = NestedBlockBwdPixel<T>::kVectors;
 
     A* data;
     std::int64_t chunks, C, D;
@@ -63,10 +66,11 @@ struct Backward {
     const NestedBlockBwdParams& p;
     NestedBlockRows<T> again;
     NestedConvBwdRows<T> wide;
+    NestedBlockBwdPixel<T> pixel;
     std::int64_t bands, chunks, narrow;
-    BlockPartials<A> partials;
+    BlockPartials<T> partials;
     Packed *fc1_weight, *fc2_weight;  // of the input gradients
-    A *no_bias, *post_weight, *scale;
+    A* no_bias;
 
     // One worker's memory.
     struct Scratch {
@@ -90,16 +94,14 @@ struct Backward {
         fc1_weight = carver.take<Packed>(packed_elements<E>(p.D, p.C));
         fc2_weight = carver.take<Packed>(packed_elements<E>(p.C, p.D));
         no_bias = carver.take<A>(wide.step.channels);
-        post_weight = carver.take<A>(narrow);
-        scale = carver.take<A>(narrow);
+        pixel.take_parameters(carver);
     }
 
     void copy_parameters() {
         wide.copy_parameters(p.conv_weight, p.norm_weight, p.norm_bias);
         if (p.u == nullptr) again.copy_parameters();
         copy_parameter(nullptr, A(0), p.D, no_bias);
-        copy_parameter(p.post_weight, A(1), p.C, post_weight);
-        copy_parameter(p.scale, A(1), p.C, scale);
+        pixel.copy_parameters();
         const A *fc1 = static_cast<const A*>(p.fc1_weight),
                 *fc2 = static_cast<const A*>(p.fc2_weight);
         pack_linear(PackLinear<E>{fc1, 1, p.C, fc1_weight, p.D, p.C});
@@ -120,7 +122,7 @@ struct Backward {
         s.dx = carver.take<A>(pixels() * narrow);
         s.dt_operand = carver.take<E>(kOwnOperands ? pixels() * narrow : 0);
         s.dh_operand = carver.take<E>(kOwnOperands ? pixels() * wide.step.pixel : 0);
-        s.sums = carver.take<A>(partials.kVectors * narrow);
+        s.sums = carver.take<A>(pixel.sums());
         if constexpr (!kOwnOperands) {
             s.dt_operand = s.dt;
             s.dh_operand = s.wide.dg;
@@ -180,12 +182,14 @@ struct Backward {
         const std::int64_t first = (n * p.H + y) * p.W, stride = wide.step.pixel;
         const Range owned{band.begin > y ? band.begin - y : 0,
                           band.end < y + count ? band.end - y : count};
-        for (std::int64_t i = 0; i < partials.kVectors * narrow; ++i) s.sums[i] = 0;
+        for (std::int64_t i = 0; i < pixel.sums(); ++i) s.sums[i] = 0;
         for (std::int64_t i = 0; i < count * p.W; ++i) {
-            enter_pixel(s, first + i, i, i >= owned.begin * p.W && i < owned.end * p.W);
+            const bool own = i >= owned.begin * p.W && i < owned.end * p.W;
+            pixel.enter(first + i, s.dt + i * narrow, s.dt_operand + i * narrow,
+                        own ? s.sums : nullptr);
         }
         A* sums = partials.vectors(chunk);
-        for (std::int64_t i = 0; i < partials.kVectors * narrow; ++i) sums[i] += s.sums[i];
+        for (std::int64_t i = 0; i < pixel.sums(); ++i) sums[i] += s.sums[i];
         linear_rows(LinearRows<E>{s.dt_operand, narrow, fc2_weight, no_bias, s.v, stride,
                                   count * p.W, p.C, p.D});
         for (std::int64_t r = 0; r < count; ++r) {
@@ -207,42 +211,6 @@ struct Backward {
                                 wide.step.channels});
     }
 
-    void enter_pixel(const Scratch& s, std::int64_t pixel, std::int64_t i, bool owned) const {
-        const T* dy = static_cast<const T*>(p.dy) + pixel * p.C;
-        const T* t = static_cast<const T*>(p.t) + pixel * p.C;
-        const T* x = static_cast<const T*>(p.x) + pixel * p.C;
-        const A mean = static_cast<const A*>(p.post_mean)[pixel];
-        const A rstd = static_cast<const A*>(p.post_rstd)[pixel];
-        A* dt = s.dt + i * narrow;
-        const auto add = [&](int which, std::int64_t c, const auto& pack, auto lanes) {
-            A* at = s.sums + which * narrow + c;
-            store_all(at, load_all(at, lanes) + pack);
-        };
-        ChannelSum<A> sum_f, sum_fx;
-        over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-            const auto e = load_as(dy + c, lanes);
-            const auto xhat = (load_as(t + c, lanes) - mean) * rstd;
-            const auto f = e * load_all(post_weight + c, lanes);
-            store_all(dt + c, f);
-            sum_f.add(f);
-            sum_fx.add(f * xhat);
-            if (!owned) return;
-            add(partials.kPostWeight, c, e * xhat, lanes);
-            add(partials.kPostBias, c, e, lanes);
-            add(partials.kScale, c, e * load_as(x + c, lanes), lanes);
-        });
-        const NormGradient<A> norm{rstd, sum_f.total() / static_cast<A>(p.C),
-                                   sum_fx.total() / static_cast<A>(p.C)};
-        over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-            const auto xhat = (load_as(t + c, lanes) - mean) * rstd;
-            const auto value =
-                rounded_to<T>(zero_others(norm(load_all(dt + c, lanes), xhat), lanes));
-            store_all(dt + c, value);
-            if constexpr (kOwnOperands) store_operand(s.dt_operand + i * narrow + c, value);
-            if (owned) add(partials.kFc2Bias, c, value, lanes);
-        });
-    }
-
     void leave_rows(const Scratch& s, std::int64_t chunk, std::int64_t first, std::int64_t count,
                     const A* rstd) const {
         const bool fc1 = p.dfc1_weight != nullptr || p.dfc1_bias != nullptr;
@@ -256,30 +224,16 @@ struct Backward {
                               if constexpr (kOwnOperands)
                                   store_operand(s.dh_operand + i * stride + c, dh);
                           });
-        const T* x = static_cast<const T*>(p.x) + first * p.C;
         if (fc1) {
-            for (std::int64_t i = 0; i < count; ++i) {
-                A* row = s.x + i * (p.C + 1);
-                over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-                    store_as(row + c, load_as(x + i * p.C + c, lanes), lanes);
-                });
-                row[p.C] = 1;
-            }
+            pixel.copy_x(first, count, s.x, p.C + 1);
+            for (std::int64_t i = 0; i < count; ++i) s.x[i * (p.C + 1) + p.C] = 1;
             outer_rows(OuterRows<A>{s.x, p.C + 1, s.wide.dg, stride, partials.fc1(chunk),
                                     wide.step.channels, count, p.C + 1, wide.step.channels});
         }
         if (p.dx == nullptr) return;
         linear_rows(LinearRows<E>{s.dh_operand, stride, fc1_weight, no_bias, s.dx, narrow, count,
                                   p.D, p.C});
-        for (std::int64_t i = 0; i < count; ++i) {
-            const T* dy = static_cast<const T*>(p.dy) + (first + i) * p.C;
-            T* dx = static_cast<T*>(p.dx) + (first + i) * p.C;
-            over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-                const auto through = load_all(s.dx + i * narrow + c, lanes);
-                store_as(dx + c, load_as(dy + c, lanes) * load_all(scale + c, lanes) + through,
-                         lanes);
-            });
-        }
+        for (std::int64_t i = 0; i < count; ++i) pixel.leave(first + i, s.dx + i * narrow);
     }
 
     // The summed partials to where they belong.
@@ -293,43 +247,21 @@ struct Backward {
         for (std::int64_t c = 0; dfc2 != nullptr && c < p.C; ++c) {
             for (std::int64_t d = 0; d < p.D; ++d) dfc2[c * p.D + d] = fc2[c * wide_stride + d];
         }
-        copy_to(p.dfc1_bias, fc1 + p.C * wide_stride, p.D);
-        copy_to(p.dfc2_bias, vectors + partials.kFc2Bias * narrow, p.C);
-        copy_to(p.dpost_weight, vectors + partials.kPostWeight * narrow, p.C);
-        copy_to(p.dpost_bias, vectors + partials.kPostBias * narrow, p.C);
-        copy_to(p.dscale, vectors + partials.kScale * narrow, p.C);
-    }
-    static void copy_to(void* gradient, const A* sum, std::int64_t count) {
-        for (std::int64_t i = 0; gradient != nullptr && i < count; ++i) {
-            static_cast<A*>(gradient)[i] = sum[i];
-        }
+        pixel.copy_to(p.dfc1_bias, fc1 + p.C * wide_stride, p.D);
+        pixel.write(vectors);
     }
 };
 
 template <class T>
 void backward(const NestedBlockBwdParams& p) {
     using A = Accumulate<T>;
-    NestedBlockFwdParams forward{};
-    forward.x = p.x;
-    forward.fc1_weight = p.fc1_weight;
-    forward.fc1_bias = p.fc1_bias;
-    forward.norm_weight = p.norm_weight;
-    forward.norm_bias = p.norm_bias;
-    forward.conv_weight = p.conv_weight;
-    forward.conv_bias = p.conv_bias;
-    forward.fc2_weight = p.fc2_weight;
-    forward.N = p.N;
-    forward.H = p.H;
-    forward.W = p.W;
-    forward.C = p.C;
-    forward.D = p.D;
-    forward.K = p.K;
-    forward.eps = p.eps;
-    forward.shortcut = p.shortcut;
+    if (in_slices(p.H, p.W, p.D)) return nested_block_backward_slices(p);
+    const auto pixel = NestedBlockBwdPixel<T>::plan(p);
+    const NestedBlockFwdParams forward = pixel.again();
     const std::int64_t bands = backward_bands(p.N, p.H, p.K);
     const std::int64_t partial_bytes =
         Partials<A>::bytes(p.D, p.K * p.K) +
-        BlockPartials<A>::size(p.C, p.D) * static_cast<std::int64_t>(sizeof(A));
+        BlockPartials<T>::size(p.C, p.D) * static_cast<std::int64_t>(sizeof(A));
     const std::int64_t chunks = chunk_count(p.N * bands, partial_bytes);
     const auto step = RowStep<A>::plan(p.H, p.W, p.D, p.K);
     Backward<T> f{
@@ -337,12 +269,11 @@ void backward(const NestedBlockBwdParams& p) {
         NestedBlockRows<T>::plan(forward),
         NestedConvBwdRows<T>::plan(step, p.D, p.shortcut,
                                    {p.dconv_weight != nullptr, p.dconv_bias != nullptr, true}),
+        pixel,
         bands,
         chunks,
         padded_channels<A>(p.C),
         {nullptr, chunks, p.C, p.D},
-        {},
-        {},
         {},
         {},
         {}};

@@ -1,8 +1,10 @@
 // nested_block forward; the formula is in nested_block.h.
 //
 // Reads x; writes y, and what is kept for backward. A unit is a band of rows of one image
-// (nested_block_rows.h). Nothing is computed twice but the halo rows of neighbouring bands.
+// (nested_block_rows.h), and nothing is computed twice but the halo rows of neighbouring bands; or,
+// for small maps, a slice of the channels of a few images (nested_block_slices.h).
 #include "nested_block_rows.h"
+#include "nested_block_slices.h"
 
 namespace convnest::CONVNEST_ISA {
 namespace {
@@ -29,7 +31,27 @@ struct Forward {
 };
 
 template <class T>
+void forward_slices(const NestedBlockFwdParams& p) {
+    auto f = NestedBlockSlices<T>::plan(p);
+    Carver count(nullptr);
+    f.rows.take_parameters(count);
+    f.take_memory(count);
+    const CallScratch memory(count.used());
+    Carver carver(memory.data());
+    f.rows.take_parameters(carver);
+    f.take_memory(carver);
+    f.rows.copy_parameters();
+    T *h = static_cast<T*>(p.h), *u = static_cast<T*>(p.u);
+    for (std::int64_t i = 0; i < f.groups(); ++i) {
+        const auto group = f.group(i);
+        const std::int64_t origin = group.first * p.D;
+        f.run_group(group, {h == nullptr ? h : h + origin, u == nullptr ? u : u + origin});
+    }
+}
+
+template <class T>
 void forward(const NestedBlockFwdParams& p) {
+    if (in_slices(p.H, p.W, p.D)) return forward_slices<T>(p);
     Forward<T> f{NestedBlockRows<T>::plan(p), forward_bands(p.N, p.H, p.K, num_threads())};
     Carver parameters(nullptr), scratch(nullptr);
     f.rows.take_parameters(parameters);

@@ -82,12 +82,13 @@ struct NestedBlockRows {
         fc1_weight = carver.take<Packed>(packed_elements<E>(p.C, p.D));
         fc2_weight = carver.take<Packed>(packed_elements<E>(p.D, p.C));
     }
+    // Backward needs no layer that it does not run again.
     void pack_weights() const {
         wide.pack_weights(p.conv_weight);
-        pack_linear(
-            PackLinear<E>{static_cast<const A*>(p.fc1_weight), p.C, 1, fc1_weight, p.C, p.D});
-        pack_linear(
-            PackLinear<E>{static_cast<const A*>(p.fc2_weight), p.D, 1, fc2_weight, p.D, p.C});
+        const A *fc1 = static_cast<const A*>(p.fc1_weight),
+                *fc2 = static_cast<const A*>(p.fc2_weight);
+        if (fc1 != nullptr) pack_linear(PackLinear<E>{fc1, p.C, 1, fc1_weight, p.C, p.D});
+        if (fc2 != nullptr) pack_linear(PackLinear<E>{fc2, p.D, 1, fc2_weight, p.D, p.C});
     }
 
     void take_parameters(Carver& carver) {

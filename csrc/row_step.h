@@ -6,6 +6,7 @@
 #include "common/pack.h"
 #include "common/parallel.h"
 #include "common/parameters.h"
+#include "common/partition.h"
 #include "depthwise_row.h"
 
 namespace convnest::CONVNEST_ISA {
@@ -95,6 +96,17 @@ struct RowStep {
             kernels.conv_rows({r.pointers, r.begin, r.end, weight + b * K * K * L,
                                out + b * out_block, out_row, out_pixel, count, W, tiles});
         }
+    }
+};
+
+// The rows of a ring that holds a whole map, as the row kernels take them.
+template <class A>
+struct MapRows {
+    const A* pointers[kLargestKernel - 1 + kSmallMap];
+    std::int64_t begin, end;
+
+    MapRows(const Ring<A>& ring, std::int64_t H, int K) : begin(K / 2), end(K / 2 + H) {
+        for (std::int64_t i = begin; i < end; ++i) pointers[i] = ring.row(0, i - begin);
     }
 };
 

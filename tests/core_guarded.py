@@ -33,6 +33,15 @@ def guarded(x: np.ndarray, at_end: bool) -> np.ndarray:
     return y
 
 
+# N H W C D K; the last block is done in slices of channels.
+SIZES = [
+    (2, 7, 9, 17, 50, 7),
+    (1, 12, 5, 3, 33, 3),
+    (1, 3, 8, 16, 48, 5),
+    (2, 3, 5, 3, 870, 3),
+]
+
+
 class Guarded(reference.Core):
     at_end = True
 
@@ -51,7 +60,7 @@ class Guarded(reference.Core):
 
 def run(core: Guarded) -> None:
     rng = np.random.default_rng(0)
-    for n, h, w, c, d, k in [(2, 7, 9, 17, 50, 7), (1, 12, 5, 3, 33, 3), (1, 3, 8, 16, 48, 5)]:
+    for n, h, w, c, d, k in SIZES:
         p = [rng.standard_normal(s) for s in [(d, k * k), d, d, d]]
         wide, dwide = rng.standard_normal((2, n, h, w, d))
         rows, drows = wide.reshape(-1, d), dwide.reshape(-1, d)

@@ -68,7 +68,9 @@ struct Block {
 }  // namespace
 
 int main() {
-    for (const Block& block : {Block{3, 16, 9, 5, 33, 7}, Block{1, 30, 6, 4, 20, 3}}) {
+    // In bands of rows, and in slices of channels.
+    for (const Block& block :
+         {Block{3, 16, 9, 5, 33, 7}, Block{1, 30, 6, 4, 20, 3}, Block{6, 7, 7, 5, 870, 7}}) {
         const Buffer expected = block.run(1, 2);
         for (int kept = 0; kept <= 2; ++kept) {
             for (int repeat = 0; repeat < 3; ++repeat) {

@@ -64,7 +64,8 @@ class Case:
 
 
 # Channels off every vector and register tile; odd C for the operands that come in pairs; maps
-# smaller than the kernel, of one step, of several; several bands and chunks.
+# smaller than the kernel, of one step, of several; several bands and chunks. From 865 wide channels
+# on small maps are done in slices: two groups of images, one slice and a bit, all that may be None.
 CASES = [
     Case((1, 1, 1, 1), 12),
     Case((2, 1, 5, 3), 7, 3),
@@ -76,6 +77,9 @@ CASES = [
     Case((1, 5, 9, 24), 288, 11),
     Case((1, 14, 3, 33), 65, 13),
     Case((1, 30, 29, 6), 40, 3),
+    Case((7, 7, 7, 20), 1000),
+    Case((2, 13, 16, 6), 880, 5, shortcut=False),
+    Case((3, 16, 2, 33), 865, 13, none=tuple(OPTIONAL)),
 ]
 SMALL = Case((2, 6, 5, 4), 48, 3)
 

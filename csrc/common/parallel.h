@@ -12,6 +12,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace convnest {
 
 constexpr std::size_t kKeptScratchBytes = std::size_t{128} << 20;
@@ -52,7 +56,8 @@ class CallScratch {
     char* data_;
 };
 
-// Hands out consecutive 64-byte aligned pieces. With a null base it only counts bytes.
+// Hands out consecutive 64-byte aligned pieces. With a null base it only counts bytes. Under the
+// address sanitizer there is a line between two pieces that must not be touched.
 class Carver {
   public:
     explicit Carver(char* base) : base_(base) {}
@@ -60,6 +65,13 @@ class Carver {
     A* take(std::int64_t count) {
         const std::size_t at = used_;
         used_ += (static_cast<std::size_t>(count) * sizeof(A) + 63) / 64 * 64;
+#if defined(__SANITIZE_ADDRESS__)
+        used_ += 64;
+        if (base_ != nullptr) {
+            ASAN_UNPOISON_MEMORY_REGION(base_ + at, used_ - at);
+            ASAN_POISON_MEMORY_REGION(base_ + used_ - 64, 64);
+        }
+#endif
         return base_ == nullptr ? nullptr : reinterpret_cast<A*>(base_ + at);
     }
     std::size_t used() const { return used_; }

@@ -44,6 +44,27 @@ static inline std::int64_t backward_bands(std::int64_t N, std::int64_t H, int K)
     return bands > 1 ? bands : 1;
 }
 
+// nested_block on small maps (nested_block_slices.h): whether threads share the channels and a few
+// images pass together. Of the shape only, since the order of some sums goes with it. From 7 slices
+// on; below, the weights of both layers fit an L2 cache beside the rows, and images are units
+// enough.
+constexpr std::int64_t kSmallMap = 16;
+constexpr std::int64_t kSliceChannels = 144;
+static inline bool in_slices(std::int64_t H, std::int64_t W, std::int64_t D) {
+    return H <= kSmallMap && W <= kSmallMap && D > 6 * kSliceChannels;
+}
+
+// Images that pass together: about kGroupPixels, over which the weights and the sums of their
+// gradients are read once, while the wide features stay in cache.
+constexpr std::int64_t kGroupPixels = 256;
+static inline std::int64_t images_of_group(std::int64_t N, std::int64_t H, std::int64_t W) {
+    const std::int64_t most = kGroupPixels / (H * W);
+    return most < 1 ? 1 : most < N ? most : N;
+}
+
+// Rows below which a part of a layer is not worth a thread.
+constexpr std::int64_t kLeastRows = 32;
+
 // Units of rows of C channels: enough to go round many threads, none smaller than is worth the
 // hand-over (about 10 us). Of the shape only.
 static inline std::int64_t row_units(std::int64_t rows, std::int64_t C) {

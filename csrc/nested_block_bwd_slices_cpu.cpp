@@ -1,0 +1,383 @@
+// nested_block backward on a few small images at once; the formulas are in
+// nested_block_bwd_cpu.cpp, slices and groups in nested_block_slices.h.
+//
+//   pixels    dt, and the sums of narrow gradients
+//   [slices   h and u, where they were not kept: forward's own code]
+//   slices    dv = dt W2, du, dW2, the gradients of the convolution and the norm, dg up to the
+//             means over channels, and the slice's share of these
+//   slices    dh, dW1, db1
+//   panels    dh W1
+//   pixels    dx
+//
+// A slice's gradients belong to one unit in each group, and groups come in order: one sum for each
+// gradient, in memory of the gradient itself where its rows are whole vectors, in the same order
+// for every number of threads.
+#include "nested_block_bwd_pixel.h"
+#include "nested_block_bwd_slices.h"
+#include "nested_block_slices.h"
+#include "nested_conv_bwd_rows.h"
+
+namespace convnest::CONVNEST_ISA {
+namespace {
+
+// The sum of a weight's gradient, [rows][columns] in whole vectors.
+template <class A>
+struct WeightSum {
+    A* gradient;  // null: not needed
+    std::int64_t rows, columns, stride;
+    A* sum;
+
+    static WeightSum plan(void* gradient, std::int64_t rows, std::int64_t columns) {
+        return {static_cast<A*>(gradient), rows, columns, padded_channels<A>(columns), nullptr};
+    }
+    bool direct() const { return stride == columns; }
+    void take(Carver& carver) {
+        A* own = carver.take<A>(gradient == nullptr || direct() ? 0 : rows * stride);
+        sum = direct() ? gradient : own;
+    }
+    void write() const {
+        if (gradient == nullptr || direct()) return;
+        for (std::int64_t r = 0; r < rows; ++r) {
+            for (std::int64_t c = 0; c < columns; ++c) {
+                gradient[r * columns + c] = sum[r * stride + c];
+            }
+        }
+    }
+};
+
+template <class T>
+struct BackwardSlices {
+    using A = Accumulate<T>;
+    using E = typename OperandOf<T>::type;
+    using Packed = typename Operand<E>::Packed;
+    using Slice = typename Slices<A>::Slice;
+    static constexpr int L = kLanes<A>;
+    static constexpr std::int64_t kStride = Slices<A>::kStride;
+    static constexpr bool kOwnOperands = !std::is_same<A, E>::value;
+
+    const NestedBlockBwdParams& p;
+    NestedBlockBwdPixel<T> pixel;
+    NestedBlockSlices<T> again;
+    NestedConvBwdRows<T> wide;  // its parameters and partial sums
+    WeightSum<A> fc1, fc2;
+    Packed *fc1_weight{}, *fc2_weight{};  // of the input gradients
+    A *no_bias{}, *fc1_bias{}, *narrow_sums{};
+
+    // Of a group. Wide ones are [slice][pixel][kStride], narrow ones [pixel][Cp].
+    T *h{}, *u{};  // [pixel][D], where they are computed again
+    A *dg{}, *xhat{}, *slope{};
+    A *dt{}, *x{}, *through{};
+    E *dt_operand{}, *dh_operand{};
+    A* unit_sums{};             // of narrow gradients, for each unit
+    A *slice_e{}, *slice_ex{};  // [slice][pixel]
+    A *mean_e{}, *mean_ex{};    // [pixel]
+
+    std::int64_t narrow() const { return pixel.narrow; }
+    static std::int64_t row_parts(std::int64_t pixels) {
+        return (pixels + kLeastRows - 1) / kLeastRows;
+    }
+    // Whether x is a factor of dW1 as it is.
+    bool reads_x() const { return std::is_same<T, A>::value && p.C == narrow(); }
+    bool wants_fc1() const { return fc1.gradient != nullptr || p.dfc1_bias != nullptr; }
+
+    void take_parameters(Carver& carver) {
+        wide.take_parameters(carver, 1);
+        pixel.take_parameters(carver);
+        if (p.u == nullptr) again.rows.take_parameters(carver);
+        fc1_weight = carver.take<Packed>(packed_elements<E>(p.D, p.C));
+        fc2_weight = carver.take<Packed>(packed_elements<E>(p.C, p.D));
+        no_bias = carver.take<A>(wide.step.channels);
+        fc1_bias = carver.take<A>(wide.step.channels);
+        narrow_sums = carver.take<A>(pixel.sums());
+        fc1.take(carver);
+        fc2.take(carver);
+    }
+    void copy_parameters() {
+        wide.copy_parameters(p.conv_weight, p.norm_weight, p.norm_bias);
+        pixel.copy_parameters();
+        if (p.u == nullptr) again.rows.copy_parameters();
+        const A *w1 = static_cast<const A*>(p.fc1_weight),
+                *w2 = static_cast<const A*>(p.fc2_weight);
+        pack_linear(PackLinear<E>{w1, 1, p.C, fc1_weight, p.D, p.C});
+        pack_linear(PackLinear<E>{w2, 1, p.D, fc2_weight, p.C, p.D});
+        wide.partials.clear(0);
+        for (std::int64_t i = 0; i < wide.step.channels; ++i) no_bias[i] = fc1_bias[i] = 0;
+        for (std::int64_t i = 0; i < pixel.sums(); ++i) narrow_sums[i] = 0;
+    }
+
+    void take_memory(Carver& carver) {
+        const std::int64_t most = again.most, slices = again.slices.count();
+        const std::int64_t all = slices * most * kStride;
+        if (p.u == nullptr) again.take_memory(carver);
+        h = carver.take<T>(p.h == nullptr ? most * p.D : 0);
+        u = carver.take<T>(p.u == nullptr ? most * p.D : 0);
+        for (A** at : {&dg, &xhat, &slope}) *at = carver.take<A>(all);
+        dt = carver.take<A>(most * narrow());
+        x = carver.take<A>(reads_x() ? 0 : most * narrow());
+        through = carver.take<A>(most * narrow());
+        dt_operand = carver.take<E>(kOwnOperands ? most * narrow() : 0);
+        dh_operand = carver.take<E>(kOwnOperands ? all : 0);
+        if constexpr (!kOwnOperands) {
+            dt_operand = dt;
+            dh_operand = dg;
+        }
+        unit_sums = carver.take<A>(row_parts(most) * pixel.sums());
+        for (A** at : {&slice_e, &slice_ex}) *at = carver.take<A>(slices * most);
+        for (A** at : {&mean_e, &mean_ex}) *at = carver.take<A>(most);
+    }
+
+    // A worker's memory, for a slice.
+    struct Scratch {
+        A* v;  // [pixel][kStride]: GELU(u)
+        Ring<A> du;
+        A* z;      // [H][tiles][L], zero from W on
+        A* dz;     // [H][W][L]
+        A* sum_e;  // [pixel][L]
+        A* sum_ex;
+    };
+    Scratch take_scratch(Carver& carver) const {
+        Scratch s;
+        const auto conv = again.take_conv(carver);
+        s.du = conv.z;
+        s.dz = conv.out;
+        s.v = carver.take<A>(again.most * kStride);
+        s.z = carver.take<A>(p.H * wide.step.tiles.width() * L);
+        s.sum_e = carver.take<A>(again.most * L);
+        s.sum_ex = carver.take<A>(again.most * L);
+        return s;
+    }
+
+    void run_group(std::int64_t index) {
+        const auto group = again.group(index);
+        const std::int64_t origin = group.first * p.D, slices = again.slices.count();
+        enter_pixels(group);
+        const T *given_h = p.h == nullptr ? nullptr : static_cast<const T*>(p.h) + origin,
+                *given_u = p.u == nullptr ? u : static_cast<const T*>(p.u) + origin;
+        const A* mean = static_cast<const A*>(p.mean) + group.first;
+        const A* rstd = static_cast<const A*>(p.rstd) + group.first;
+        if (p.u == nullptr) {
+            again.run_wide(group, {given_h == nullptr ? h : nullptr, u}, given_h, mean, rstd);
+        }
+        if (given_h == nullptr) given_h = h;
+        Carver scratch(nullptr);
+        take_scratch(scratch);
+        each_unit(slices, scratch.used(), [&](std::int64_t s, char* base) {
+            Carver carver(base);
+            enter_slice(take_scratch(carver), again.slices.at(s), group.pixels, given_h, given_u,
+                        mean, rstd, index == 0);
+        });
+        if (!wants_fc1() && p.dx == nullptr) return;
+        finish_sums(group.pixels, rstd);
+        if (fc1.gradient != nullptr && !reads_x()) copy_x(group);
+        const A* factor = reads_x() ? static_cast<const A*>(p.x) + group.first * p.C : x;
+        each_unit(slices, 0, [&](std::int64_t s, char*) {
+            leave_slice(again.slices.at(s), group.pixels, factor, index == 0);
+        });
+        if (p.dx == nullptr) return;
+        linear_of_slices<E>(
+            again.slices, dh_operand, again.most,
+            {nullptr, 0, fc1_weight, no_bias, through, narrow(), group.pixels, p.D, p.C});
+        over_rows_of(group.pixels, [&](std::int64_t, std::int64_t i) {
+            pixel.leave(group.first + i, through + i * narrow());
+        });
+    }
+
+    // f(unit, pixel) for all pixels of a group; units are of the shape only.
+    template <class F>
+    void over_rows_of(std::int64_t pixels, const F& f) const {
+        const std::int64_t parts = row_parts(pixels);
+        each_unit(parts, 0, [&](std::int64_t unit, char*) {
+            const Range range = part_of(pixels, parts, unit);
+            for (std::int64_t i = range.begin; i < range.end; ++i) f(unit, i);
+        });
+    }
+
+    void enter_pixels(const typename NestedBlockSlices<T>::Group& group) const {
+        const std::int64_t all = row_parts(group.pixels) * pixel.sums();
+        for (std::int64_t i = 0; i < all; ++i) unit_sums[i] = 0;
+        over_rows_of(group.pixels, [&](std::int64_t unit, std::int64_t i) {
+            pixel.enter(group.first + i, dt + i * narrow(), dt_operand + i * narrow(),
+                        unit_sums + unit * pixel.sums());
+        });
+        for (std::int64_t i = 0; i < all; ++i) narrow_sums[i % pixel.sums()] += unit_sums[i];
+    }
+
+    // Lanes from C on are zero: columns of dW1 come in whole vectors.
+    void copy_x(const typename NestedBlockSlices<T>::Group& group) const {
+        for (std::int64_t i = 0; i < group.pixels; ++i) {
+            for (std::int64_t c = p.C; c < narrow(); ++c) x[i * narrow() + c] = 0;
+        }
+        pixel.copy_x(group.first, group.pixels, x, narrow());
+    }
+
+    A* of(A* buffer, const Slice& slice) const {
+        return buffer + slice.index * again.most * kStride;
+    }
+
+    void enter_slice(const Scratch& s, const Slice& slice, std::int64_t pixels, const T* h_,
+                     const T* u_, const A* mean, const A* rstd, bool first) const {
+        A *dg_ = of(dg, slice), *xhat_ = of(xhat, slice), *slope_ = of(slope, slice);
+        linear_part(LinearRows<E>{dt_operand, narrow(), fc2_weight, no_bias, dg_, kStride, pixels,
+                                  p.C, p.D},
+                    slice.panels, {0, packed_steps<E>(p.C)});
+        for (std::int64_t i = 0; i < pixels; ++i) {
+            const std::int64_t row = i * kStride;
+            over_channels<A>(
+                slice.channels, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+                    const auto v = gelu_and_grad_of(load_as(u_ + i * p.D + slice.c + c, lanes));
+                    store_all(dg_ + row + c, load_all(dg_ + row + c, lanes) * v.grad);
+                    store_all(s.v + row + c, rounded_to<T>(v.value));
+                });
+            over_channels<A>(
+                slice.channels, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+                    const auto g = gelu_and_grad_of(load_as(h_ + i * p.D + slice.c + c, lanes));
+                    store_all(xhat_ + row + c, (g.value - mean[i]) * rstd[i]);
+                    store_all(slope_ + row + c, g.grad);
+                });
+        }
+        if (fc2.gradient != nullptr) {
+            outer_rows(OuterRows<A>{dt, narrow(), s.v, kStride, fc2.sum + slice.c, fc2.stride,
+                                    pixels, p.C, slice.vectors * L, first});
+        }
+        s.du.clear(1);
+        for (std::int64_t i = 0; i < p.H * wide.step.tiles.width() * L; ++i) s.z[i] = 0;
+        for (std::int64_t i = 0; i < pixels * L; ++i) s.sum_e[i] = s.sum_ex[i] = 0;
+        MapRows<A> map(s.du, p.H, p.K);
+        for (std::int64_t b = 0; b < slice.vectors; ++b) {
+            for (std::int64_t image = 0; image < pixels; image += p.H * p.W) {
+                convolve(s, map, slice.c + b * L, image, dg_ + b * L, xhat_ + b * L, rstd);
+            }
+        }
+        for (std::int64_t i = 0; i < pixels; ++i) {
+            slice_e[slice.index * again.most + i] = lane_sum<A>(load(s.sum_e + i * L));
+            slice_ex[slice.index * again.most + i] = lane_sum<A>(load(s.sum_ex + i * L));
+        }
+    }
+
+    // One vector of channels of an image: the gradients of the convolution and of the norm, sums,
+    // and dg up to the means over channels in the place of du.
+    void convolve(const Scratch& s, const MapRows<A>& map, std::int64_t c, std::int64_t image,
+                  A* dg_, const A* xhat_, const A* rstd) const {
+        const std::int64_t block = c / L, taps = p.K * p.K, size = p.H * p.W;
+        const Vec<A> gamma = load(wide.ln_weight + c), beta = load(wide.ln_bias + c);
+        Vec<A> dbias = {}, dgamma = {}, dbeta = {};
+        std::int64_t at = image * kStride;
+        for (std::int64_t y = 0; y < p.H; ++y) {
+            A* du = s.du.row(0, y) + s.du.pad * L;
+            A* z = s.z + y * wide.step.tiles.width() * L;
+            for (std::int64_t w = 0; w < p.W; ++w, at += kStride) {
+                const Vec<A> value = load(dg_ + at);
+                dbias += value;
+                store(du + w * L, value);
+                store(z + w * L, load(xhat_ + at) * gamma + beta);
+            }
+        }
+        if (wide.wanted.conv_weight) {
+            wide.kernels.weight_rows({map.pointers, map.begin, map.end, s.z,
+                                      wide.partials.weight(0, block), p.H, p.W, wide.step.tiles});
+        }
+        wide.kernels.conv_rows({map.pointers, map.begin, map.end,
+                                wide.weight_flip + block * taps * L, s.dz, p.W * L, L, p.H, p.W,
+                                wide.step.tiles});
+        for (std::int64_t i = 0; i < size; ++i) {
+            const std::int64_t pixel_ = image + i;
+            const Vec<A> dz = load(s.dz + i * L), e = dz * gamma;
+            const Vec<A> xhat = load(xhat_ + pixel_ * kStride);
+            dgamma += dz * xhat;
+            dbeta += dz;
+            store(s.sum_e + pixel_ * L, load(s.sum_e + pixel_ * L) + e);
+            store(s.sum_ex + pixel_ * L, load(s.sum_ex + pixel_ * L) + e * xhat);
+            A* dg = dg_ + pixel_ * kStride;
+            const Vec<A> through = rstd[pixel_] * e;
+            store(dg, p.shortcut ? through + load(dg) : through);
+        }
+        wide.partials.add(0, wide.partials.kBias, c, dbias);
+        wide.partials.add(0, wide.partials.kGamma, c, dgamma);
+        wide.partials.add(0, wide.partials.kBeta, c, dbeta);
+    }
+
+    // The means over channels, times rstd.
+    void finish_sums(std::int64_t pixels, const A* rstd) const {
+        for (std::int64_t i = 0; i < pixels; ++i) mean_e[i] = mean_ex[i] = 0;
+        for (std::int64_t s = 0; s < again.slices.count(); ++s) {
+            for (std::int64_t i = 0; i < pixels; ++i) {
+                mean_e[i] += slice_e[s * again.most + i];
+                mean_ex[i] += slice_ex[s * again.most + i];
+            }
+        }
+        for (std::int64_t i = 0; i < pixels; ++i) {
+            const A scale = rstd[i] / static_cast<A>(p.D);
+            mean_e[i] *= scale;
+            mean_ex[i] *= scale;
+        }
+    }
+
+    void leave_slice(const Slice& slice, std::int64_t pixels, const A* factor, bool first) const {
+        A *dg_ = of(dg, slice), *xhat_ = of(xhat, slice), *slope_ = of(slope, slice);
+        E* operand = dh_operand + slice.index * again.most * kStride;
+        A* bias = fc1_bias + slice.c;
+        for (std::int64_t i = 0; i < pixels; ++i) {
+            over_channels<A>(
+                slice.channels, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+                    const std::int64_t at = i * kStride + c;
+                    const auto sum = load_all(dg_ + at, lanes) - mean_e[i] -
+                                     load_all(xhat_ + at, lanes) * mean_ex[i];
+                    const auto dh =
+                        rounded_to<T>(zero_others(sum * load_all(slope_ + at, lanes), lanes));
+                    store_all(dg_ + at, dh);
+                    if constexpr (kOwnOperands) store_operand(operand + at, dh);
+                    store_all(bias + c, load_all(bias + c, lanes) + dh);
+                });
+        }
+        if (fc1.gradient == nullptr) return;
+        outer_rows(OuterRows<A>{dg_, kStride, factor, narrow(), fc1.sum + slice.c * fc1.stride,
+                                fc1.stride, pixels, slice.channels, narrow(), first});
+    }
+
+    void write_gradients() const {
+        wide.partials.sum(p.dconv_weight, p.dconv_bias, p.dnorm_weight, p.dnorm_bias);
+        fc1.write();
+        fc2.write();
+        pixel.copy_to(p.dfc1_bias, fc1_bias, p.D);
+        pixel.write(narrow_sums);
+    }
+};
+
+template <class T>
+void backward(const NestedBlockBwdParams& p) {
+    using A = Accumulate<T>;
+    const auto pixel = NestedBlockBwdPixel<T>::plan(p);
+    const NestedBlockFwdParams forward = pixel.again();
+    const auto step = RowStep<A>::plan(p.H, p.W, p.D, p.K);
+    const auto wide = NestedConvBwdRows<T>::plan(
+        step, p.D, p.shortcut, {p.dconv_weight != nullptr, p.dconv_bias != nullptr, true});
+    BackwardSlices<T> f{p,
+                        pixel,
+                        NestedBlockSlices<T>::plan(forward),
+                        wide,
+                        WeightSum<A>::plan(p.dfc1_weight, p.D, p.C),
+                        WeightSum<A>::plan(p.dfc2_weight, p.C, p.D)};
+    Carver count(nullptr);
+    f.take_parameters(count);
+    f.take_memory(count);
+    const CallScratch memory(count.used());
+    Carver carver(memory.data());
+    f.take_parameters(carver);
+    f.take_memory(carver);
+    f.copy_parameters();
+    for (std::int64_t i = 0; i < f.again.groups(); ++i) f.run_group(i);
+    f.write_gradients();
+}
+
+}  // namespace
+
+void nested_block_backward_slices(const NestedBlockBwdParams& p) {
+    switch (p.dtype) {
+        case DType::kFloat32: return backward<float>(p);
+        case DType::kFloat64: return backward<double>(p);
+        case DType::kBFloat16: return backward<BFloat16>(p);
+        case DType::kFloat16: return backward<Float16>(p);
+    }
+}
+
+}  // namespace convnest::CONVNEST_ISA

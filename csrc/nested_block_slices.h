@@ -1,0 +1,354 @@
+// The forward pass of nested_block on a few small images at once; the formula is in nested_block.h.
+//
+// Where a map is small and its block wide, the weights are what moves: megabytes a layer, for 49 or
+// 196 pixels an image. So a group of images passes each layer together, and threads share the
+// channels, not the images: a slice is a run of panels of D.
+//
+//   slices    h = x W1^T + b1, g = GELU(h), the mean of g over the slice and its squares
+//   once      mean and rstd over all slices, in their order
+//   slices    one vector of channels after the other: z = LN(g), u = [g +] DW(z) + b, v = GELU(u)
+//   panels    t = v W2^T + b2, slice by slice, so that the weights are read once a group
+//   pixels    y = s x + LN(t)
+//
+// No value depends on how the work is cut among threads, nor on what is in a group. Backward uses
+// the first three to compute h and u again.
+#pragma once
+
+#include "nested_block_rows.h"
+
+namespace convnest::CONVNEST_ISA {
+namespace {
+
+// The cut of D wide channels into slices.
+template <class A>
+struct Slices {
+    static constexpr int L = kLanes<A>;
+    // From one pixel to the next of a slice in memory: an odd number of cache lines for float.
+    static constexpr std::int64_t kStride = kSliceChannels;
+    static constexpr std::int64_t kPanels = kStride / (kPanel * L);
+    static_assert(kPanels * kPanel * L == kStride, "whole panels");
+
+    std::int64_t D;
+    std::int64_t panels() const { return panel_count(block_count<A>(D)); }
+    std::int64_t count() const { return (panels() + kPanels - 1) / kPanels; }
+
+    struct Slice {
+        std::int64_t index;
+        Range panels;
+        std::int64_t c, vectors, channels;  // from channel c on; vectors are whole
+        template <class E>
+        Range steps() const {
+            return {c / Operand<E>::kStep, packed_steps<E>(c + channels)};
+        }
+    };
+    Slice at(std::int64_t s) const {
+        const std::int64_t blocks = block_count<A>(D), first = s * kPanels;
+        const std::int64_t end = first + kPanels < panels() ? first + kPanels : panels();
+        const Panel last = panel_at(blocks, end - 1);
+        const std::int64_t v = panel_at(blocks, first).first;
+        const std::int64_t vectors = last.first + last.vectors - v, left = D - v * L;
+        return {s, {first, end}, v * L, vectors, left < vectors * L ? left : vectors * L};
+    }
+};
+
+// f(unit, scratch) for all units, on all threads.
+template <class F>
+void each_unit(std::int64_t count, std::size_t scratch_bytes, const F& f) {
+    const auto run = [](std::int64_t unit, char* scratch, void* context) {
+        (*static_cast<const F*>(context))(unit, scratch);
+    };
+    run_units({count, scratch_bytes, nullptr, run, const_cast<F*>(&f)});
+}
+
+// A layer with slices as its input, by panels and rows: y[i, m] = bias[m] + sum over all slices.
+template <class E>
+void linear_of_slices(const Slices<Accumulate<E>>& slices, const E* x, std::int64_t most,
+                      LinearRows<E> l) {
+    using A = Accumulate<E>;
+    const std::int64_t panels = panel_count(block_count<A>(l.M)), threads = num_threads();
+    const std::int64_t columns = panels < threads ? panels : threads;
+    const std::int64_t wanted = (threads + columns - 1) / columns;
+    const std::int64_t rows = wanted * kLeastRows <= l.rows ? wanted : 1;
+    each_unit(columns * rows, 0, [&](std::int64_t unit, char*) {
+        const Range panel = part_of(panels, columns, unit / rows);
+        const Range row = part_of(l.rows, rows, unit % rows);
+        LinearRows<E> part = l;
+        part.rows = row.end - row.begin;
+        part.x_stride = slices.kStride;
+        part.y +=
+            row.begin * l.y_stride + panel_at(block_count<A>(l.M), panel.begin).first * kLanes<A>;
+        for (std::int64_t s = 0; s < slices.count(); ++s) {
+            part.x = x + (s * most + row.begin) * slices.kStride;
+            linear_part(part, panel, slices.at(s).template steps<E>());
+        }
+    });
+}
+
+template <class T>
+struct NestedBlockSlices {
+    using A = Accumulate<T>;
+    using E = typename OperandOf<T>::type;
+    static constexpr int L = kLanes<A>;
+    static constexpr std::int64_t kStride = Slices<A>::kStride;
+
+    const NestedBlockFwdParams& p;
+    NestedBlockRows<T> rows;  // the parameters, and what is done to a pixel
+    Slices<A> slices;
+    std::int64_t most;  // pixels of a group
+    // Of a group; wide ones are [slice][pixel][kStride].
+    A* g;
+    E* v;  // takes the place of g where it has its type
+    E* x;  // [pixel][Cp], unless the first layer can read the tensor itself
+    A* t;  // [pixel][Cp]
+    A *slice_mean, *slice_squares;  // [slice][pixel]
+    A *mean, *rstd;                 // [pixel]
+
+    struct Group {
+        std::int64_t first, pixels;  // of the tensors' pixels
+    };
+
+    static NestedBlockSlices plan(const NestedBlockFwdParams& p) {
+        const std::int64_t most = images_of_group(p.N, p.H, p.W) * p.H * p.W;
+        return {p, NestedBlockRows<T>::plan(p), {p.D}, most, {}, {}, {}, {}, {}, {}, {}, {}};
+    }
+    std::int64_t groups() const {
+        const std::int64_t images = images_of_group(p.N, p.H, p.W);
+        return (p.N + images - 1) / images;
+    }
+    Group group(std::int64_t i) const {
+        const Range images = part_of(p.N, groups(), i);
+        return {images.begin * p.H * p.W, (images.end - images.begin) * p.H * p.W};
+    }
+
+    // Memory of the call. `mean` and `rstd` may be given.
+    void take_memory(Carver& carver) {
+        const std::int64_t wide = slices.count() * most * kStride;
+        g = carver.take<A>(wide);
+        if constexpr (std::is_same<A, E>::value) {
+            v = g;
+        } else {
+            v = carver.take<E>(wide);
+        }
+        x = carver.take<E>(rows.reads_x() ? 0 : most * rows.narrow);
+        t = carver.take<A>(most * rows.narrow);
+        slice_mean = carver.take<A>(slices.count() * most);
+        slice_squares = carver.take<A>(slices.count() * most);
+        mean = carver.take<A>(most);
+        rstd = carver.take<A>(most);
+    }
+
+    // Units of a phase over slices: of all images of a group, or of fewer for many threads.
+    std::int64_t image_parts(const Group& group) const {
+        const std::int64_t images = group.pixels / (p.H * p.W), threads = num_threads();
+        const std::int64_t wanted = (2 * threads + slices.count() - 1) / slices.count();
+        return wanted < images ? wanted : images;
+    }
+    template <class F>
+    void over_slices(const Group& group, std::size_t scratch_bytes, const F& f) const {
+        const std::int64_t parts = image_parts(group), size = p.H * p.W;
+        each_unit(slices.count() * parts, scratch_bytes, [&](std::int64_t unit, char* scratch) {
+            const Range images = part_of(group.pixels / size, parts, unit % parts);
+            f(slices.at(unit / parts), Range{images.begin * size, images.end * size}, scratch);
+        });
+    }
+
+    // What is kept: h and u of the group's pixels, or null.
+    struct Kept {
+        T *h, *u;
+    };
+
+    void run_group(const Group& group, const Kept& kept) {
+        run_wide(group, kept, nullptr, nullptr, nullptr);
+        linear_of_slices<E>(
+            slices, v, most,
+            {nullptr, 0, rows.fc2_weight, rows.fc2_bias, t, rows.narrow, group.pixels, p.D, p.C});
+        const std::int64_t parts = (group.pixels + kLeastRows - 1) / kLeastRows;
+        each_unit(parts, 0, [&](std::int64_t unit, char*) {
+            const Range pixels = part_of(group.pixels, parts, unit);
+            for (std::int64_t i = pixels.begin; i < pixels.end; ++i) {
+                rows.leave_pixel(t + i * rows.narrow, group.first + i);
+            }
+        });
+    }
+
+    // v, and what is kept. Where h of the group and the statistics are given they are read.
+    void run_wide(const Group& group, const Kept& kept, const T* h, const A* given_mean,
+                  const A* given_rstd) {
+        if (h == nullptr && !rows.reads_x()) convert_x(group);
+        over_slices(group, 0, [&](const auto& slice, Range pixels, char*) {
+            enter_slice(group, slice, pixels, kept.h, h, given_mean == nullptr);
+        });
+        if (given_mean == nullptr) finish_statistics(group);
+        const A* m = given_mean == nullptr ? mean : given_mean;
+        const A* r = given_mean == nullptr ? rstd : given_rstd;
+        over_slices(group, conv_bytes(), [&](const auto& slice, Range pixels, char* scratch) {
+            convolve_slice(slice, pixels, m, r, kept.u, scratch);
+        });
+    }
+
+    void convert_x(const Group& group) const {
+        const T* in = static_cast<const T*>(p.x) + group.first * p.C;
+        for (std::int64_t i = 0; i < group.pixels; ++i) {
+            over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+                store_operand(x + i * rows.narrow + c, load_as(in + i * p.C + c, lanes));
+            });
+        }
+    }
+
+    // g, and its statistics over the slice.
+    void enter_slice(const Group& group, const typename Slices<A>::Slice& slice, Range pixels,
+                     T* kept_h, const T* h, bool statistics) const {
+        A* out = g + slice.index * most * kStride;
+        if (h == nullptr) {
+            LinearRows<E> layer{x + pixels.begin * rows.narrow,
+                                rows.narrow,
+                                rows.fc1_weight,
+                                rows.fc1_bias,
+                                out + pixels.begin * kStride,
+                                kStride,
+                                pixels.end - pixels.begin,
+                                p.C,
+                                p.D};
+            if (rows.reads_x()) {
+                layer.x = static_cast<const E*>(p.x) + (group.first + pixels.begin) * p.C;
+                layer.x_stride = p.C;
+            }
+            linear_part(layer, slice.panels, {0, packed_steps<E>(p.C)});
+        }
+        for (std::int64_t i = pixels.begin; i < pixels.end; ++i) {
+            A* row = out + i * kStride;
+            ChannelSum<A> sum, squares;
+            over_channels<A>(
+                slice.channels, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+                    const std::int64_t at = i * p.D + slice.c + c;
+                    const auto value = h == nullptr ? rounded_to<T>(load_all(row + c, lanes))
+                                                    : load_as(h + at, lanes);
+                    if (kept_h != nullptr) store_as(kept_h + at, value, lanes);
+                    const auto gelu = gelu_of(value);
+                    store_all(row + c, gelu);
+                    sum.add(gelu);
+                });
+            if (!statistics) continue;
+            const A centre = sum.total() / static_cast<A>(slice.channels);
+            over_channels<A>(
+                slice.channels, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+                    const auto centred = zero_others(load_all(row + c, lanes) - centre, lanes);
+                    squares.add(centred * centred);
+                });
+            slice_mean[slice.index * most + i] = centre;
+            slice_squares[slice.index * most + i] = squares.total();
+        }
+    }
+
+    // From those of the slices: squares about the whole mean are those about the slice's own and
+    // n (slice mean - mean)^2, so nothing cancels.
+    void finish_statistics(const Group& group) const {
+        for (std::int64_t i = 0; i < group.pixels; ++i) mean[i] = rstd[i] = 0;
+        const A each = A(1) / static_cast<A>(p.D);
+        for (std::int64_t s = 0; s < slices.count(); ++s) {
+            const A share = static_cast<A>(slices.at(s).channels) * each;
+            for (std::int64_t i = 0; i < group.pixels; ++i) {
+                mean[i] += slice_mean[s * most + i] * share;
+            }
+        }
+        for (std::int64_t s = 0; s < slices.count(); ++s) {
+            const A channels = static_cast<A>(slices.at(s).channels);
+            for (std::int64_t i = 0; i < group.pixels; ++i) {
+                const A off = slice_mean[s * most + i] - mean[i];
+                rstd[i] += slice_squares[s * most + i] + channels * (off * off);
+            }
+        }
+        for (std::int64_t i = 0; i < group.pixels; ++i) {
+            rstd[i] = A(1) / square_root(rstd[i] * each + static_cast<A>(p.eps));
+            if (p.mean != nullptr) static_cast<A*>(p.mean)[group.first + i] = mean[i];
+            if (p.rstd != nullptr) static_cast<A*>(p.rstd)[group.first + i] = rstd[i];
+        }
+    }
+
+    // One vector of channels of an image: z with its padding, and the convolution of it.
+    struct Conv {
+        Ring<A> z;
+        A* out;  // [H][W][L]
+    };
+    Conv take_conv(Carver& carver) const {
+        const std::int64_t padded = rows.wide.step.tiles.width() + p.K - 1;
+        Conv conv{{carver.take<A>(p.H * padded * L), p.H, padded, p.H * padded * L, p.K / 2}, {}};
+        conv.out = carver.take<A>(p.H * p.W * L);
+        return conv;
+    }
+    std::size_t conv_bytes() const {
+        Carver carver(nullptr);
+        take_conv(carver);
+        return carver.used();
+    }
+
+    // u (where it is kept) and v of a slice.
+    void convolve_slice(const typename Slices<A>::Slice& slice, Range pixels, const A* means,
+                        const A* rstds, T* kept_u, char* scratch) const {
+        Carver carver(scratch);
+        const Conv conv = take_conv(carver);
+        conv.z.clear(1);
+        MapRows<A> map(conv.z, p.H, p.K);
+        for (std::int64_t b = 0; b < slice.vectors; ++b) {
+            const std::int64_t c = slice.c + b * L, left = p.D - c;
+            const A* in = g + slice.index * most * kStride + b * L;
+            const Vec<A> gamma = load(rows.wide.ln_weight + c), beta = load(rows.wide.ln_bias + c);
+            for (std::int64_t image = pixels.begin; image < pixels.end; image += p.H * p.W) {
+                std::int64_t i = image;
+                for (std::int64_t y = 0; y < p.H; ++y) {
+                    A* z = conv.z.row(0, y) + conv.z.pad * L;
+                    for (std::int64_t w = 0; w < p.W; ++w, ++i) {
+                        store(z + w * L,
+                              (load(in + i * kStride) - means[i]) * rstds[i] * gamma + beta);
+                    }
+                }
+                rows.wide.kernels.conv_rows({map.pointers, map.begin, map.end,
+                                             rows.wide.weight + c * p.K * p.K, conv.out, p.W * L, L,
+                                             p.H, p.W, rows.wide.step.tiles});
+                over_pixels(p.H * p.W, [&](std::int64_t pixel, auto count) CONVNEST_INLINE_LAMBDA {
+                    leave_pixels<decltype(count)::value>(slice, image + pixel, b, left,
+                                                         conv.out + pixel * L, kept_u);
+                });
+            }
+        }
+    }
+
+    // f(pixel, pixels at once): GELU of a single vector would wait for itself.
+    template <class F>
+    CONVNEST_INLINE void over_pixels(std::int64_t pixels, F&& f) {
+        std::int64_t i = 0;
+        for (; i + kPack <= pixels; i += kPack) f(i, Constant<kPack>{});
+        for (; i < pixels; ++i) f(i, Constant<1>{});
+    }
+
+    // One vector of N pixels from the convolution on.
+    template <int N>
+    CONVNEST_INLINE_LAMBDA void leave_pixels(const typename Slices<A>::Slice& slice, std::int64_t i,
+                                             std::int64_t b, std::int64_t left, const A* conv,
+                                             T* kept_u) const {
+        const std::int64_t at = (slice.index * most + i) * kStride + b * L, c = slice.c + b * L;
+        const Vec<A> bias = load(rows.wide.conv_bias + c);
+        const auto u = make_pack<A, N>([&](auto n) CONVNEST_INLINE_LAMBDA {
+            const Vec<A> sum = load(conv + n * L) + bias;
+            return p.shortcut ? sum + load(g + at + n * kStride) : sum;
+        });
+        if (kept_u != nullptr) {
+            unroll<N>([&](auto n) CONVNEST_INLINE_LAMBDA {
+                T* out = kept_u + (i + n) * p.D + c;
+                const Pack<A, 1> one{{u.v[n]}};
+                if (left >= L) {
+                    store_as(out, one, AllLanes<1>{});
+                } else {
+                    store_as(out, one, FirstLanes{static_cast<int>(left)});
+                }
+            });
+        }
+        const auto value = gelu_of(u);
+        unroll<N>([&](auto n) CONVNEST_INLINE_LAMBDA {
+            store_rounded<T>(v + at + n * kStride, Pack<A, 1>{{value.v[n]}});
+        });
+    }
+};
+
+}  // namespace
+}  // namespace convnest::CONVNEST_ISA
