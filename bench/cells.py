@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from bench.cases import BATCHES, DTYPES, OPERATORS, Stage, stages
+from bench.cases import DTYPES, MEMORY_FORMATS, OPERATORS, VARIANTS, Stage, stages
 
 BLOCKS = ("block",)
 NETWORKS = ("model", "training")
-SUBJECTS = (*OPERATORS, *BLOCKS, *NETWORKS)
+SUBJECTS = (*OPERATORS, "convnext_half", *BLOCKS, *NETWORKS)
 MODES = ("infer", "train")
 
 # glibc as it comes, and told to keep what it has: fresh buffers over 32 MiB cost a page fault for
@@ -31,7 +31,10 @@ ALLOCATORS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One line of a result: `subject` at a stage of a variant; networks have stage 0."""
+    """One line of a result: `subject` at a stage of a variant; networks have stage 0.
+
+    `memory_format` is that of the activations which ours is given; a peer has its own.
+    """
 
     subject: str
     stage: int
@@ -43,6 +46,7 @@ class Cell:
     device: str = "cpu"
     threads: int = 1
     image_size: int = 224
+    memory_format: str = "channels_last"
 
     def __post_init__(self) -> None:
         _one_of("subject", self.subject, SUBJECTS)
@@ -50,6 +54,8 @@ class Cell:
         _one_of("mode", self.mode, MODES)
         _one_of("allocator", self.allocator, ALLOCATORS)
         _one_of("device", self.device, ("cpu", "cuda"))
+        _one_of("variant", self.variant, VARIANTS)
+        _one_of("memory_format", self.memory_format, MEMORY_FORMATS)
         if self.batch < 1:
             raise ValueError(f"batch must be at least 1, got {self.batch}")
         expected = range(1) if self.subject in NETWORKS else range(1, len(self._stages()) + 1)
@@ -80,6 +86,8 @@ class Cell:
         return (
             f"{self.subject} {self.variant} {where}, batch {self.batch}, {self.dtype}, "
             f"{self.mode}, {self.threads} thread{'s' * (self.threads > 1)}, {self.allocator} malloc"
+            + ", contiguous"
+            * (self.memory_format == "contiguous")
         )
 
 
@@ -92,54 +100,26 @@ def _one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
 def product(
     subjects: Iterable[str], stage_numbers: Iterable[int] | None, batches: Iterable[int],
     dtypes: Iterable[str], modes: Iterable[str], allocators: Iterable[str] = ("tuned",),
-    **common: Any,
+    variants: Iterable[str] = ("convnest_tiny",),
+    memory_formats: Iterable[str] = ("channels_last",), **common: Any,
 ) -> list[Cell]:  # fmt: skip
-    """Every combination; a network has one "stage", and training steps only train."""
-    cells: list[Cell] = []
-    variant = common.get("variant", "convnest_tiny")
-    image_size = common.get("image_size", 224)
-    every = range(1, len(stages(variant, image_size)) + 1)
-    grid = itertools.product(subjects, allocators, dtypes, modes, batches)
-    for subject, allocator, dtype, mode, batch in grid:
+    """Every combination; a network has one "stage", and training steps only train.
+
+    Stages that a variant does not have (an isotropic one has one) are left out, unless none is
+    left.
+    """
+    cells: dict[Cell, None] = {}  # in order, none twice
+    wanted = None if stage_numbers is None else list(stage_numbers)
+    grid = itertools.product(variants, subjects, allocators, memory_formats, dtypes, modes, batches)
+    for variant, subject, allocator, memory_format, dtype, mode, batch in grid:
         if (subject == "training") != (mode == "train") and subject in NETWORKS:
             continue
-        numbers = [0] if subject in NETWORKS else stage_numbers or every
-        for number in numbers:
-            cell = Cell(subject, number, batch, dtype, mode, allocator=allocator, **common)
-            if cell not in cells:
-                cells.append(cell)
-    return cells
-
-
-def full(device: str, threads: int) -> list[Cell]:
-    """The set whose results are committed, what matters most first: time may run out."""
-    common: dict[str, Any] = {"device": device, "threads": threads}
-    if device == "cuda":
-        common["allocators"] = ("default",)  # CUDA has its own
-        half, single, modes = ("bfloat16",), ("float32",), MODES
-        return [
-            *product(BLOCKS, None, [128], half, modes, **common),
-            *product(NETWORKS, None, [128], half, modes, **common),
-            *product(["nested_conv"], None, [128], half, modes, **common),
-            *product(OPERATORS[1:], [1, 3], [128], half, modes, **common),
-            *product(BLOCKS, [1, 3], [128], single, modes, **common),
-            *product(NETWORKS, None, [1], half, modes, **common),
-        ]
-    single, half = ["float32"], ["bfloat16"]
-    return [
-        *product(BLOCKS, None, [8], single, MODES, **common),
-        *product(NETWORKS, None, [8], single, MODES, **common),
-        *product(BLOCKS, None, [8], half, MODES, **common),
-        *product(NETWORKS, None, [1], single, ["infer"], **common),
-        *product(BLOCKS, None, [1], single, MODES, **common),
-        *product(BLOCKS, [1], [8], single, MODES, ["default"], **common),
-        *product(["nested_conv"], None, [8], single, MODES, **common),
-        *product(OPERATORS[1:], [1, 3], [8], single, MODES, **common),
-        *product(BLOCKS, None, [32], single, ["infer"], **common),
-        *product(NETWORKS, None, [1, 8], half, MODES, **common),
-        *product(BLOCKS, None, [1], half, MODES, **common),
-        *product(BLOCKS, None, [32], half, ["infer"], **common),
-    ]
-
-
-__all__ = ["ALLOCATORS", "BATCHES", "BLOCKS", "MODES", "NETWORKS", "OPERATORS", "SUBJECTS", "Cell"]
+        every = range(1, len(stages(variant)) + 1)
+        chosen = [n for n in wanted or every if n in every] or wanted or every
+        for number in [0] if subject in NETWORKS else chosen:
+            cell = Cell(
+                subject, number, batch, dtype, mode, variant=variant, allocator=allocator,
+                memory_format=memory_format, **common,
+            )  # fmt: skip
+            cells[cell] = None
+    return list(cells)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -17,12 +19,13 @@ from typing import Any
 
 import torch
 
-from bench import cells, contenders, floors, limits, machine, report
-from bench.cases import DTYPES, VARIANTS
-from bench.cells import Cell
+from bench import cells, contenders, floors, limits, machine, plan, report, timing
+from bench.cases import DTYPES, MEMORY_FORMATS, VARIANTS
+from bench.plan import Planned
 from bench.store import Store
 
 ROOT = Path(__file__).parent.parent
+SHORTEST_CELL = 10.0  # seconds; none is begun when less is left
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,20 +37,25 @@ def parser() -> argparse.ArgumentParser:
 def add_arguments(found: argparse.ArgumentParser) -> None:
     add = found.add_argument
     add("--op", nargs="+", default=["block"], choices=cells.SUBJECTS, help="what (block)")
-    add("--variant", default="convnest_tiny", choices=VARIANTS, help="whose shapes")
+    add("--variant", nargs="+", default=["convnest_tiny"], choices=VARIANTS, help="whose shapes")
     add("--stage", nargs="+", type=int, help="1 to 4 (all)")
-    add("--batch", nargs="+", type=int, default=[1], help="images (1)")
+    add("--batch", nargs="+", type=int, default=[1], help="images, the table has 1 to 256 (1)")
     add("--dtype", nargs="+", default=["float32"], choices=DTYPES)
     add("--mode", nargs="+", default=["infer"], choices=cells.MODES)
     add("--allocator", nargs="+", default=["tuned"], choices=cells.ALLOCATORS, help="malloc's")
+    formats = {"default": ["channels_last"], "choices": MEMORY_FORMATS}
+    add("--memory-format", nargs="+", **formats, help="of our activations")
     add("--peers", nargs="+", choices=contenders.CONTENDERS, help="all but slow ones")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, default=1, help="of the CPU (1)")
     add("--image-size", type=int, default=224)
     add("--budget", type=float, default=10.0, help="seconds of timing for each cell (10)")
+    add("--samples", type=int, default=timing.WANTED_SAMPLES, help="of each contender (30)")
     add("--cell-timeout", type=float, default=400.0, help="seconds for a cell, compiling too")
     add("--minutes", type=float, help="stop after; cells left out are listed (15 with --full)")
     add("--full", action="store_true", help="the set whose results are committed, and doctor")
+    add("--plan", action="store_true", help="list the cells and the minutes expected, and end")
+    add("--prepare", action="store_true", help="compile and check alone, for a later, faster run")
     add("--redo", action="store_true", help="take cells anew that the folder has")
     add("--out", type=Path, help="results folder (bench/results/<machine>)")
     add("--json", action="store_true", help="print the records as JSON")
@@ -61,49 +69,83 @@ def run(args: argparse.Namespace) -> int:
         print("--device cuda: torch sees no GPU here", file=sys.stderr)
         return 2
     try:
-        wanted = _cells(args)
+        wanted = _planned(args)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    minutes = args.minutes or (15 if args.full and args.device == "cuda" else None)
-    deadline = time.monotonic() + 60 * minutes if minutes else None
     folder = args.out or ROOT / "bench" / "results" / _folder_name(args)
     store = Store(folder)
+    known = {} if args.redo else store.read()["records"]
+    missing = [planned for planned in wanted if planned.cell.key not in known]
+    if args.plan:
+        _print_plan(missing, len(wanted))
+        return 0
+    if args.prepare:
+        return _prepare(missing, args)
+    minutes = args.minutes or (15 if args.full and args.device == "cuda" else None)
+    deadline = time.monotonic() + 60 * minutes if minutes else math.inf
     has_report = (folder / "doctor.json").exists() and not args.redo
-    failed = _doctor(folder) if args.full and not has_report else False
+    failed = _doctor(folder, deadline) if args.full and not has_report else False
     _begin(store, args)
     left = []
-    for number, cell in enumerate(wanted, 1):
-        if cell.key in store.read()["records"] and not args.redo:
+    for number, planned in enumerate(missing, 1):
+        if left or deadline - time.monotonic() < SHORTEST_CELL:
+            left.append(planned.cell)
             continue
-        if deadline and time.monotonic() > deadline:
-            left.append(cell)
+        print(f"[{number}/{len(missing)}] {planned.cell.title}", file=sys.stderr, flush=True)
+        record = _measure(planned, args, store.read()["limits"], deadline)
+        if record is None:
+            left.append(planned.cell)
             continue
-        print(f"[{number}/{len(wanted)}] {cell.title}", file=sys.stderr, flush=True)
-        record = _measure(cell, args, store.read()["limits"])
         failed |= "failed" in record or _is_refused(record)
-        store.add(cell, record)
+        store.add(planned.cell, record)
     for cell in left:
         print(f"not run, {minutes:g} minutes were up: {cell.title}", file=sys.stderr)
-    _show(store, {cell.key for cell in wanted}, args, folder)
+    _show(store, {planned.cell.key for planned in wanted}, args, folder)
     return int(failed)
 
 
-def _cells(args: argparse.Namespace) -> list[Cell]:
+def _planned(args: argparse.Namespace) -> list[Planned]:
     if args.full:
-        return cells.full(args.device, args.threads)
-    return cells.product(
+        return plan.full(args.device, args.threads, args.peers, args.budget)
+    chosen = cells.product(
         args.op,
         args.stage,
         args.batch,
         args.dtype,
         args.mode,
         args.allocator,
-        variant=args.variant,
+        args.variant,
+        args.memory_format,
         device=args.device,
         threads=args.threads,
         image_size=args.image_size,
     )
+    return plan.chosen(chosen, args.peers, args.budget)
+
+
+def _print_plan(missing: list[Planned], count: int) -> None:
+    totals = [0.0, 0.0]
+    for planned in missing:
+        seconds = [plan.expected_seconds(planned, prepared) for prepared in (True, False)]
+        totals = [total + s for total, s in zip(totals, seconds, strict=True)]
+        print(f"{seconds[0]:4.0f} s  {planned.cell.title}: {' '.join(planned.peers)}")
+    prepared, unprepared = (total / 60 for total in totals)
+    print(
+        f"{len(missing)} of {count} cells are to be taken: about {prepared:.0f} minutes after "
+        f"--prepare, {unprepared:.0f} without"
+    )
+
+
+def _prepare(missing: list[Planned], args: argparse.Namespace) -> int:
+    """Compile and check everything, time nothing: compilers keep what they made on disk."""
+    refused = False
+    for number, planned in enumerate(missing, 1):
+        print(f"[{number}/{len(missing)}] {planned.cell.title}", file=sys.stderr, flush=True)
+        record = _measure(planned, args, None, math.inf, samples=0)
+        assert record is not None
+        refused |= "failed" in record or _is_refused(record)
+    return int(refused)
 
 
 def _folder_name(args: argparse.Namespace) -> str:
@@ -121,7 +163,7 @@ def _begin(store: Store, args: argparse.Namespace) -> None:
         if args.device == "cuda":
             found = floors.gpu_limits()
         else:
-            found = dataclasses.asdict(limits.measure())
+            found = dataclasses.asdict(limits.measure(args.threads))
 
     def change(results: dict[str, Any]) -> None:
         results["machine"] = machine.describe(args.device)
@@ -142,11 +184,16 @@ def _without_folder(command: Sequence[str]) -> list[str]:
     return kept
 
 
-def _doctor(folder: Path) -> bool:
+def _doctor(folder: Path, deadline: float) -> bool:
     """Run doctor, which checks every kernel, into the results folder; whether it failed."""
     print("doctor", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "convnest_kernels", "doctor", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    left = None if math.isinf(deadline) else deadline - time.monotonic()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=left)
+    except subprocess.TimeoutExpired:
+        print("doctor failed: the time was up", file=sys.stderr)
+        return True
     folder.mkdir(parents=True, exist_ok=True)
     if done.returncode:
         print(f"doctor failed:\n{done.stderr}{done.stdout}", file=sys.stderr)
@@ -157,23 +204,36 @@ def _doctor(folder: Path) -> bool:
     return bool(done.returncode)
 
 
-def _measure(cell: Cell, args: argparse.Namespace, found: Any) -> dict[str, Any]:
-    """A cell in a process of its own, with the allocator that it asks for."""
+def _measure(
+    planned: Planned, args: argparse.Namespace, found: Any, deadline: float,
+    samples: int | None = None,
+) -> dict[str, Any] | None:  # fmt: skip
+    """A cell in a process of its own, with the allocator that it asks for.
+
+    None where the run's time was up before the cell was measured.
+    """
+    cell = planned.cell
     request = {
         "cell": dataclasses.asdict(cell),
-        "peers": args.peers or contenders.default_for(cell.device, cell.subject),
-        "budget": args.budget,
+        "peers": planned.peers,
+        "left_out": planned.left_out,
+        "budget": planned.budget,
+        "wanted": args.samples if samples is None else samples,
         "limits": found,
     }
     environment = {**os.environ, **cells.ALLOCATORS[cell.allocator]}
     environment["OMP_NUM_THREADS"] = str(cell.threads)
     environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, "-m", "bench.worker", json.dumps(request)]
+    left = deadline - time.monotonic()
     try:
         done = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, text=True, timeout=args.cell_timeout
-        )
+            command, env=environment, stdout=subprocess.PIPE, text=True,
+            timeout=min(args.cell_timeout, left),
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
+        if left < args.cell_timeout:
+            return None
         reason = f"took over {args.cell_timeout:g} s"
     else:
         if done.returncode == 0:
@@ -199,13 +259,16 @@ def _show(store: Store, keys: set[str], args: argparse.Namespace, folder: Path) 
     chosen = {k: r for k, r in results["records"].items() if k in keys}
     if args.json:
         print(json.dumps({**results, "records": chosen}, indent=2))
-    elif args.markdown:
-        print(report.markdown({**results, "records": chosen}))
+    elif args.markdown or importlib.util.find_spec("rich") is None:
+        print(report.with_predictions({**results, "records": chosen}))
     else:
         report.print_table({**results, "records": chosen})
     if args.full:
-        (folder / "README.md").write_text(report.markdown(results))
+        (folder / "README.md").write_text(report.page(results))
     if args.plot or args.full:
+        if importlib.util.find_spec("matplotlib") is None:
+            print("no plots: matplotlib is not installed; --plot draws them later", file=sys.stderr)
+            return
         from bench import plots
 
         for path in plots.draw_all(results, folder):

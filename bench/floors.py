@@ -11,19 +11,19 @@ from bench.limits import Limits
 from bench.work import Cost
 
 
-def cpu_floor(cost: Cost, limits: Limits, mode: str, bfloat16: bool, threads: int) -> float:
+def cpu_floor(cost: Cost, limits: Limits, mode: str, bfloat16: bool) -> float:
     """Arithmetic at the measured rates, or the bytes at their level's bandwidth if that is more.
 
     Arithmetic: linear layers (bfloat16 dots where the dtype has them), taps inside the image, and
-    erf GELUs, of which a core does one thing at a time. Training counts as three times it.
+    erf GELUs, of which a core does one thing at a time. Training counts as three times it. The
+    limits are those of as many cores at once as the cell has threads.
     """
     rate = (bfloat16 and limits.bfloat16_flops) or limits.float32_flops
     seconds = cost.linear_flops / rate + cost.conv_flops / limits.float32_flops
     seconds += cost.gelus / limits.gelus
     moved = cost.of(mode)["bytes"]
     times = 3 if mode == "train" else 1
-    # The bandwidth is one core's, and more cores do not make main memory as many times as fast.
-    return max(times * seconds / threads, moved / limits.bandwidth(moved))
+    return max(times * seconds, moved / limits.bandwidth(moved))
 
 
 def gpu_limits() -> dict[str, float]:

@@ -1,6 +1,6 @@
-"""What one core can do: the rates that the floors of the CPU benchmarks are made of.
+"""What cores can do: the rates that the floors of the CPU benchmarks are made of.
 
-    python -m bench.limits
+    python -m bench.limits [THREADS]
 
 A floor is the time that the arithmetic alone would take at these rates: the FLOPs of the linear
 layers and of the taps that lie inside the image, and two GELUs per wide element. Bandwidths are
@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import shlex
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,10 @@ FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast
 
 @dataclass(frozen=True)
 class Limits:
-    """Rates of one core, per second; `bfloat16_flops` is 0 where there is no bfloat16 dot."""
+    """Rates of one core, or of several at once, per second.
+
+    `bfloat16_flops` is 0 where there is no bfloat16 dot.
+    """
 
     float32_flops: float
     bfloat16_flops: float
@@ -37,25 +41,6 @@ class Limits:
         fitting = [rate for size, rate in self.bandwidths if size >= working_set]
         return fitting[0] if fitting else self.bandwidths[-1][1]
 
-    def block_seconds(
-        self, batch: int, height: int, width: int, dim: int, *, expansion: int = 12,
-        kernel_size: int = 7, bfloat16: bool = False, training: bool = False,
-    ) -> float:  # fmt: skip
-        """The floor of one nested_block on one core; a training step counts three times it."""
-        wide, pixels = expansion * dim, batch * height * width
-        linear = 4 * pixels * dim * wide
-        rate = (bfloat16 and self.bfloat16_flops) or self.float32_flops
-        seconds = linear / rate + self.conv_seconds(batch, height, width, wide, kernel_size)
-        seconds += 2 * pixels * wide / self.gelus
-        return 3 * seconds if training else seconds
-
-    def conv_seconds(
-        self, batch: int, height: int, width: int, channels: int, kernel_size: int = 7
-    ) -> float:
-        """The floor of a depthwise convolution, whose sums are float32."""
-        taps = taps_inside(height, kernel_size) * taps_inside(width, kernel_size)
-        return 2 * batch * channels * taps / self.float32_flops
-
 
 def taps_inside(size: int, kernel_size: int) -> int:
     """The taps of a centred kernel that meet a pixel of a row of `size`, over all its outputs."""
@@ -64,34 +49,45 @@ def taps_inside(size: int, kernel_size: int) -> int:
 
 
 @functools.cache
-def measure() -> Limits:
-    """Compile limits.cpp for this machine and run it (one thread, a second)."""
+def measure(threads: int = 1) -> Limits:
+    """Compile limits.cpp for this machine and run one for each thread at once (some seconds).
+
+    Rates add up, and so do the working sets.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "limits"
+        program = str(Path(folder) / "limits")
         flags = CPUINFO.read_text() if CPUINFO.exists() else ""
         width = 64 if "avx512dq" in flags else 32 if "avx2" in flags else 16
         defines = ["-DCONVNEST_ISA=native", f"-DCONVNEST_VECTOR_BYTES={width}"]
-        subprocess.run(
-            [
-                "g++",
-                "-std=c++17",
-                *shlex.split(FLAGS),
-                *defines,
-                f"-I{CSRC}",
-                str(SOURCE),
-                "-o",
-                str(program),
-            ],
-            check=True,
-        )
-        done = subprocess.run([str(program)], check=True, capture_output=True, text=True)
-    rates, levels = done.stdout.splitlines()[:3], done.stdout.splitlines()[3:]
+        options = ["-std=c++17", *shlex.split(FLAGS), *defines, f"-I{CSRC}"]
+        subprocess.run(["g++", *options, str(SOURCE), "-o", program], check=True)
+        runs = [subprocess.Popen([program], stdout=subprocess.PIPE, text=True)
+                for _ in range(threads)]  # fmt: skip
+        outputs = [run.communicate()[0] for run in runs]
+    if any(run.returncode for run in runs):
+        raise RuntimeError("limits.cpp did not run to its end")
+    return together([_parse(output) for output in outputs])
+
+
+def _parse(output: str) -> Limits:
+    rates, levels = output.splitlines()[:3], output.splitlines()[3:]
     pairs = (line.split() for line in levels)
     return Limits(*map(float, rates), tuple((int(size), float(rate)) for size, rate in pairs))
 
 
+def together(cores: list[Limits]) -> Limits:
+    """The sum of what each core did while the others did the same."""
+    levels = zip(*(core.bandwidths for core in cores), strict=True)
+    return Limits(
+        sum(core.float32_flops for core in cores),
+        sum(core.bfloat16_flops for core in cores),
+        sum(core.gelus for core in cores),
+        tuple((level[0][0] * len(cores), sum(rate for _, rate in level)) for level in levels),
+    )
+
+
 if __name__ == "__main__":
-    limits = measure()
+    limits = measure(int(sys.argv[1]) if len(sys.argv) > 1 else 1)
     print(f"float32 multiply-add  {limits.float32_flops / 1e9:6.0f} GFLOP/s")
     print(f"bfloat16 dot          {limits.bfloat16_flops / 1e9:6.0f} GFLOP/s")
     print(f"GELU, in L1           {limits.gelus / 1e9:6.2f} G elements/s")

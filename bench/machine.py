@@ -86,8 +86,10 @@ def gpu() -> dict[str, Any]:
 
 
 def conditions(device: str) -> dict[str, Any]:
-    """What may differ from cell to cell: affinity, threads, load, clocks."""
+    """What may differ from cell to cell: affinity, threads and their settings, load, clocks."""
+    settings = ("OMP_", "MALLOC_", "KMP_", "MKL_", "ONEDNN_", "CONVNEST_", "CUDA_VISIBLE")
     return {
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(settings)},
         "affinity": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "threads": torch.get_num_threads(),
         "commit": commit(),

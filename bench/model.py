@@ -36,7 +36,9 @@ def make_model(cell: Cell, backend: str) -> nn.Module:
     for block in model.modules():
         if isinstance(block, NestedBlock):
             nn.init.normal_(block.conv_dw.weight, std=1 / block.kernel_size, generator=_seed())
-    model = model.to(cell.device, cell.torch_dtype, memory_format=torch.channels_last)
+    ours_contiguous = backend != "eager" and cell.memory_format == "contiguous"
+    memory_format = torch.contiguous_format if ours_contiguous else torch.channels_last
+    model = model.to(cell.device, cell.torch_dtype, memory_format=memory_format)
     return model.train(cell.mode == "train")
 
 

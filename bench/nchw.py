@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,9 +29,11 @@ def nested_conv(
 
 
 def dwconv_gelu_layernorm(
-    x: Tensor, conv_weight: Tensor, conv_bias: Tensor, ln_weight: Tensor, ln_bias: Tensor
-) -> Tensor:
-    return layer_norm(F.gelu(depthwise(x, conv_weight, conv_bias)), ln_weight, ln_bias)
+    x: Tensor, conv_weight: Tensor, conv_bias: Tensor, ln_weight: Tensor, ln_bias: Tensor,
+    activation: str = "gelu",
+) -> Tensor:  # fmt: skip
+    c = depthwise(x, conv_weight, conv_bias)
+    return layer_norm(F.gelu(c) if activation == "gelu" else c, ln_weight, ln_bias)
 
 
 def gelu_layernorm(x: Tensor, ln_weight: Tensor, ln_bias: Tensor) -> Tensor:
@@ -62,8 +65,9 @@ class Block(nn.Module):
 
 
 def network(model: nn.Module) -> nn.Module:
-    """A copy of a model with every NestedBlock as `Block`."""
-    model = copy.deepcopy(model)
+    """A contiguous copy of a model with every NestedBlock as `Block`."""
+    # A channels_last weight would make its convolution channels_last.
+    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, NestedBlock):

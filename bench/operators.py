@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from bench.cases import make_inputs, stage_cases
+from bench.cases import Case, make_inputs, stage_cases
 from bench.cells import Cell
 from bench.limits import taps_inside
 from bench.work import Cost, Formula, Work
@@ -21,10 +21,11 @@ def build(
     conv: bool,
     passes: tuple[int, int],
     activations: int = 1,
-    baselines: dict[str, Callable[[], nn.Module]] | None = None,
+    case: Case | None = None,
 ) -> Work:
     """Work of an operator; `passes` counts the activations moved at least in each mode."""
-    case = stage_cases(cell.variant, cell.batch, cell.subject, cell.image_size)[cell.stage - 1]
+    if case is None:
+        case = stage_cases(cell.variant, cell.batch, cell.subject, cell.image_size)[cell.stage - 1]
     inputs = make_inputs(case, cell.torch_dtype, device=cell.device, requires_grad=False)
     n, height, width, channels = case.shape
     elements = n * height * width * channels
@@ -49,5 +50,5 @@ def build(
         inputs.dy.permute(0, 3, 1, 2),
         cost,
         make_ours=lambda backend: form(case.function, backend=backend),
-        baselines=baselines or {},
+        baselines={},
     )

@@ -68,7 +68,9 @@ def _stage_pairs(results: dict[str, Any], **wanted: Any) -> Pairs:
     return [
         (cell, record)
         for cell, record in report.ordered(results)
-        if cell.stage and all(getattr(cell, k) == v for k, v in wanted.items())
+        if cell.stage
+        and cell.memory_format == "channels_last"
+        and all(getattr(cell, k) == v for k, v in wanted.items())
     ]
 
 

@@ -1,4 +1,4 @@
-"""The README's performance section, made from committed results; never edited by hand.
+"""The README's performance section and each results folder's page, made from committed results.
 
 python -m bench.readme            # write it
 python -m bench.readme --check    # exit with 1 where it differs
@@ -7,82 +7,184 @@ python -m bench.readme --check    # exit with 1 where it differs
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench import report
 from bench.cells import Cell
 from bench.store import Store
+from bench.timing import WANTED_SAMPLES
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 BEGIN = "<!-- performance: made by `python -m bench.readme` from bench/results; do not edit -->"
 END = "<!-- end of performance -->"
+Pairs = list[tuple[Cell, dict[str, Any]]]
 
 
-def folders() -> list[Path]:
-    """The results folders, by name."""
-    return sorted(path.parent for path in RESULTS.glob("*/results.json"))
+# Below this ratio of medians we lose, whatever the spread; two runs differ by less than 3%.
+LOSS = 0.97
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A results folder and its cells in which ours and a peer were timed."""
+
+    path: Path
+    results: dict[str, Any]
+
+    @functools.cached_property
+    def pairs(self) -> Pairs:
+        return [
+            (cell, record)
+            for cell, record in report.ordered(self.results)
+            if report.ours(record) and report.best_peer(record)
+        ]
+
+    @property
+    def where(self) -> str:
+        return self.path.relative_to(ROOT).as_posix()
+
+    @property
+    def machine(self) -> str:
+        found = self.results["machine"]
+        return f"{found.get('gpu') or found['processor']} ({found['family']})"
+
+    @property
+    def threads(self) -> str:
+        """Of a CPU, in words; nothing for a GPU."""
+        if "gpu" in self.results["machine"]:
+            return ""
+        counts = sorted({cell.threads for cell, _ in self.pairs})
+        return f", {' and '.join(map(str, counts))} thread{'s' * (counts != [1])}"
+
+    @property
+    def torch(self) -> str:
+        return f"torch {self.results['machine']['versions']['torch']}"
+
+    @property
+    def taken(self) -> str:
+        """When its newest cell was."""
+        return max(record.get("taken", "") for record in self.results["records"].values())
+
+
+def folders() -> list[Folder]:
+    """The results folders, the one that is shown in full first.
+
+    That is the largest of the machine which measured last.
+    """
+    found = [
+        Folder(path.parent, Store(path.parent).read())
+        for path in sorted(RESULTS.glob("*/results.json"))
+    ]
+    newest: dict[str, str] = {}
+    for folder in found:
+        newest[folder.machine] = max(newest.get(folder.machine, ""), folder.taken)
+    return sorted(found, key=lambda f: (newest[f.machine], len(f.pairs)), reverse=True)
 
 
 def section() -> str:
-    """The text between the markers."""
-    parts = [part for folder in folders() for part in _of_folder(folder)]
-    return "\n".join([BEGIN, "", *(parts or ["No results are committed yet.", ""]), END])
+    """The text between the markers: the newest machine's table, a line for each other folder."""
+    parts = ["No results are committed yet.", ""]
+    if found := folders():
+        shown, *others = found
+        parts = _in_full(shown)
+        if others:
+            parts += ["Other results:", "", *(_in_a_line(f, found) for f in others), ""]
+    return "\n".join([BEGIN, "", *parts, END])
 
 
-def _of_folder(folder: Path) -> list[str]:
-    results = Store(folder).read()
-    machine = results["machine"]
-    pairs = [
-        (cell, record)
-        for cell, record in report.ordered(results)
-        if report.ours(record) and report.best_peer(record)
-    ]
-    where = folder.relative_to(ROOT).as_posix()
-    threads = sorted({cell.threads for cell, _ in pairs})
-    on_cpu = f", {' and '.join(map(str, threads))} thread{'s' * (threads != [1])}"
+def _in_full(folder: Folder) -> list[str]:
+    pairs = folder.pairs
     lines = [
-        f"**{machine.get('gpu') or machine['processor']}** ({machine['family']}"
-        f"{'' if 'gpu' in machine else on_cpu}), torch {machine['versions']['torch']}; all "
-        f"figures, samples, plots and the command are in [{where}]({where}/README.md). "
+        f"**{folder.machine}**{folder.threads}, {folder.torch}; all figures, samples, plots and "
+        f"the commands are in [{folder.where}]({folder.where}/README.md). "
         "Speed-up is over eager PyTorch in channels_last; the best peer is the fastest of eager, "
-        "torch.compile (frozen in inference), ONNX Runtime and OpenVINO where they apply; medians "
-        f"of one interleaved run ({_sample_counts(pairs)} samples each). The floor is the "
-        "arithmetic at the machine's measured rates; where a shared machine was slow for a while, "
-        "the part of the floor falls and the ratios do not. "
-        "Malloc is tuned to keep its memory, unless it says default: page faults then count, on "
-        "every side.",
+        "torch.compile (frozen in inference), ONNX Runtime, OpenVINO and zentorch, as they apply; "
+        f"medians of one interleaved run, {WANTED_SAMPLES} samples each unless fewer are named. "
+        "The floor is the arithmetic at the machine's measured rates; other work on the machine "
+        "lowers the part of it, not the ratios. Malloc is tuned to keep its memory, unless it says "
+        "default: page faults then count, on every side.",
         "",
     ]
     lines += _stage_table(pairs, "block", "One block of ConvNeSt-T, ours")
     lines += _network_table(pairs)
     lines += _operator_table(pairs)
-    lines += _losses(pairs)
-    if (folder / "speedup.png").exists():
-        lines += [f"![Speed-up by stage]({where}/speedup.png)", ""]
+    lines += _losses(folder)
+    if (folder.path / "speedup.png").exists():
+        lines += [f"![Speed-up by stage]({folder.where}/speedup.png)", ""]
     return lines
 
 
-def _sample_counts(pairs: list[Any]) -> str:
-    counts = {
+def _in_a_line(folder: Folder, all_folders: list[Folder]) -> str:
+    text = (
+        f"- [{folder.machine}{folder.threads}]({folder.where}/README.md), {folder.torch}, "
+        f"{len(folder.pairs)} cells: {_against_peers(folder)}"
+    )
+    single = {
+        cell: record["contenders"][report.ours(record)]["median"]
+        for other in all_folders
+        if other.machine == folder.machine
+        for cell, record in other.pairs
+        if cell.threads == 1
+    }
+    gains = [
+        single[one] / record["contenders"][report.ours(record)]["median"]
+        for cell, record in folder.pairs
+        if cell.threads > 1 and (one := dataclasses.replace(cell, threads=1)) in single
+    ]
+    if gains:
+        text += (
+            f"; {statistics.geometric_mean(gains):.2f} times as fast as with one thread "
+            f"({min(gains):.2f} to {max(gains):.2f}, {len(gains)} cells)"
+        )
+    lost = [name for name, ratio, _ in _behind(folder.pairs) if ratio < LOSS]
+    return text + "; we lose " + (f"{len(lost)}: {', '.join(lost)}." if lost else "none.")
+
+
+def _against_peers(folder: Folder) -> str:
+    gains = [_versus_peer(record) for _, record in folder.pairs]
+    if not gains:
+        return "none with a peer"
+    return (
+        f"{statistics.geometric_mean(gains):.2f} times as fast as the best peer (geometric mean; "
+        f"{min(gains):.2f} to {max(gains):.2f})"
+    )
+
+
+def _few(records: list[dict[str, Any]]) -> str:
+    """How many samples there were, where there were fewer than wanted."""
+    counts = [
         len(found["samples"])
-        for _, record in pairs
+        for record in records
         for found in record["contenders"].values()
         if "samples" in found
-    }
-    return f"{min(counts)} to {max(counts)}" if counts else "no"
+    ]
+    return f" ({min(counts)} samples)" if counts and min(counts) < WANTED_SAMPLES else ""
 
 
-def _group(pairs: list[Any]) -> dict[tuple[Any, ...], list[Any]]:
-    groups: dict[tuple[Any, ...], list[Any]] = {}
+def _group(pairs: Pairs) -> dict[tuple[str, str], Pairs]:
+    """Stages of one setting, which is named in words."""
+    groups: dict[tuple[str, str], Pairs] = {}
     for cell, record in pairs:
-        key = cell.subject, cell.mode, cell.dtype, cell.batch, cell.allocator
+        key = cell.subject, _setting(cell)
         groups.setdefault(key, []).append((cell, record))
     return groups
+
+
+def _setting(cell: Cell) -> str:
+    return (
+        f"{cell.mode}, {cell.dtype}, batch {cell.batch}"
+        + ", default malloc" * (cell.allocator == "default" and cell.device == "cpu")
+        + ", contiguous" * (cell.memory_format == "contiguous")
+        + f", {cell.variant}" * (cell.variant != "convnest_tiny")
+    )
 
 
 def _versus_peer(record: dict[str, Any]) -> float:
@@ -94,7 +196,7 @@ def _versus_peer(record: dict[str, Any]) -> float:
     return ratio
 
 
-def _stage_table(pairs: list[Any], subject: str, title: str) -> list[str]:
+def _stage_table(pairs: Pairs, subject: str, title: str) -> list[str]:
     groups = {k: v for k, v in _group(pairs).items() if k[0] == subject}
     if not groups:
         return []
@@ -104,8 +206,8 @@ def _stage_table(pairs: list[Any], subject: str, title: str) -> list[str]:
         "| mode | speed-up over eager | over the best peer | of the floor |",
         "|---|---|---|---|",
     ]
-    for (_, mode, dtype, batch, allocator), found in groups.items():
-        name = f"{mode}, {dtype}, batch {batch}" + ", default malloc" * (allocator == "default")
+    for (_, setting), found in groups.items():
+        name = setting + _few([record for _, record in found])
         eager, peer, floor = [], [], []
         by_stage = {cell.stage: record for cell, record in found}
         for stage in range(1, 5):
@@ -130,7 +232,7 @@ def _bold(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio >= 1 else f"**{ratio:.2f}**"
 
 
-def _network_table(pairs: list[Any]) -> list[str]:
+def _network_table(pairs: Pairs) -> list[str]:
     chosen = [(c, r) for c, r in pairs if not c.stage]
     if not chosen:
         return []
@@ -154,14 +256,14 @@ def _network_table(pairs: list[Any]) -> list[str]:
         kept = [found[n].get("kept_for_backward") for n in (ours, report.REFERENCE) if n in found]
         kept_text = ", ".join(f"{k / 1e6:.0f}" for k in kept if k is not None)
         lines.append(
-            f"| {cell.subject}, {cell.dtype}, batch {cell.batch} | {rate(ours)} | "
+            f"| {cell.subject}, {cell.dtype}, batch {cell.batch}{_few([record])} | {rate(ours)} | "
             f"{rate(report.REFERENCE)} | {rate(peer)} ({peer}) | "
             f"{rate(other[0]) + f' ({other[0]})' if other else '–'} | {kept_text or '–'} |"
         )
     return [*lines, ""]
 
 
-def _operator_table(pairs: list[Any]) -> list[str]:
+def _operator_table(pairs: Pairs) -> list[str]:
     groups = {
         key: found
         for key, found in _group(pairs).items()
@@ -175,7 +277,7 @@ def _operator_table(pairs: list[Any]) -> list[str]:
         "| operator | mode | over the best peer | of the floor |",
         "|---|---|---|---|",
     ]
-    for (subject, mode, dtype, batch, _), found in groups.items():
+    for (subject, setting), found in groups.items():
         by_stage = {cell.stage: record for cell, record in found}
         ratios, floors = [], []
         for stage in range(1, 5):
@@ -189,40 +291,49 @@ def _operator_table(pairs: list[Any]) -> list[str]:
             bound = record.get("floor")
             floors.append(f"{bound / record['contenders'][ours]['median']:.0%}" if bound else "–")
         lines.append(
-            f"| `{subject}` | {mode}, {dtype}, batch {batch} | {' / '.join(ratios)} | "
-            f"{' / '.join(floors)} |"
+            f"| `{subject}` | {setting}{_few([record for _, record in found])} | "
+            f"{' / '.join(ratios)} | {' / '.join(floors)} |"
         )
     return [*lines, ""]
 
 
-def _losses(pairs: list[Any]) -> list[str]:
-    """Where we lose, in words; medians whose p20 to p80 overlap are called a draw."""
-    lost, drawn = [], []
+def _behind(pairs: Pairs) -> list[tuple[str, float, str]]:
+    """The cells in which a peer's median is the better one: its name, our ratio, what to add."""
+    found = []
     for cell, record in pairs:
         ratio = _versus_peer(record)
         if ratio >= 1:
             continue
         ours, peer = report.ours(record), report.best_peer(record)
         assert ours is not None and peer is not None
-        a, b = record["contenders"][ours], record["contenders"][peer]
         where = f"stage {cell.stage}, " if cell.stage else ""
-        text = (
-            f"{cell.subject} ({where}batch {cell.batch}, {cell.dtype}, {cell.mode}"
-            f"{', default malloc' * (cell.allocator == 'default')}): {ratio:.2f} times {peer}'s "
-            "speed"
-        )
-        (drawn if a["p20"] <= b["p80"] else lost).append(text)
-    gains = [_versus_peer(record) for _, record in pairs]
+        text = f"{cell.subject} ({where}{_setting(cell)}): {ratio:.2f} times {peer}'s speed"
+        a, b = record["contenders"][ours], record["contenders"][peer]
+        overlap = ", p20 to p80 overlap" if a["p20"] <= b["p80"] else ""
+        found.append((text, ratio, overlap))
+    return found
+
+
+def _losses(folder: Folder) -> list[str]:
+    """Where we lose, in words, and what could not be measured of ours."""
+    lost = [text + overlap for text, ratio, overlap in _behind(folder.pairs) if ratio < LOSS]
+    near = [text for text, ratio, _ in _behind(folder.pairs) if ratio >= LOSS]
+    count = len(folder.pairs)
     lines = [
-        f"Over all {len(pairs)} cells ours is {statistics.geometric_mean(gains):.2f} times as fast "
-        f"as the best peer (geometric mean; {min(gains):.2f} to {max(gains):.2f}). "
-        f"**Where we lose:** {len(lost)} of {len(pairs)} cells"
-        + (":" if lost else ".")
-    ]  # fmt: skip
-    lines += ["", *(f"- {text}" for text in lost)] if lost else []
-    if drawn:
-        lines += ["", f"Behind, but within the spread of the samples: {'; '.join(drawn)}."]
-    return [*lines, ""]
+        f"Over all {count} cells ours is {_against_peers(folder)}. "
+        f"**Where we lose:** {len(lost)} of {count} cells" + (":" if lost else "."),
+        "",
+    ]
+    lines += [*(f"- {text}" for text in lost), ""] if lost else []
+    if near:
+        lines += [f"Behind by less than {1 - LOSS:.0%}: {'; '.join(near)}.", ""]
+    timed = {cell for cell, _ in folder.pairs}
+    absent = [
+        f"{cell.title} ({'; '.join(report.absent(record)) or 'no peer'})"
+        for cell, record in report.ordered(folder.results)
+        if cell not in timed
+    ]
+    return [*lines, f"Not measured: {'; '.join(absent)}.", ""] if absent else lines
 
 
 def replaced(text: str, made: str) -> str:
@@ -238,14 +349,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    text = README.read_text()
-    wanted = replaced(text, section())
-    if options.check:
-        if text != wanted:
-            print("README.md differs from bench/results: run python -m bench.readme")
-        return int(text != wanted)
-    README.write_text(wanted)
-    return 0
+    wanted = replaced(README.read_text(), section())
+    pages = {folder.path / "README.md": report.page(folder.results) for folder in folders()}
+    pages[README] = wanted
+    differs = [p for p, page in pages.items() if not p.exists() or p.read_text() != page]
+    for path in differs:
+        if options.check:
+            print(f"{path} differs from bench/results: run python -m bench.readme")
+        else:
+            path.write_text(pages[path])
+    return int(options.check and bool(differs))
 
 
 if __name__ == "__main__":

@@ -8,18 +8,23 @@ from typing import Any
 from bench.cells import Cell
 from bench.contenders import CONTENDERS, REFERENCE
 from bench.store import cell_of
+from bench.timing import WANTED_SAMPLES
 
 PREDICTED = Path(__file__).parent / "results" / "cuda_predicted.md"
-HEAD = ["contender", "ms", "p20 to p80", "speed-up", "of floor", "kept MB", "peak MB", "faults"]
+HEAD = [
+    "contender", "ms", "p20 to p80", "samples", "speed-up", "of floor", "kept MB", "peak MB",
+    "resident MB", "faults",
+]  # fmt: skip
 
 
 def ordered(results: dict[str, Any]) -> list[tuple[Cell, dict[str, Any]]]:
-    """Records by subject, mode, dtype, allocator, batch and stage."""
+    """Records by subject, mode, dtype, allocator, memory format, batch and stage."""
     pairs = [(cell_of(record), record) for record in results["records"].values()]
 
     def key(pair: tuple[Cell, dict[str, Any]]) -> tuple[Any, ...]:
         c = pair[0]
-        return c.subject, c.mode, c.dtype != "float32", c.allocator, c.batch, c.stage, c.key
+        how = c.mode, c.dtype != "float32", c.allocator, c.memory_format
+        return c.subject, *how, c.batch, c.stage, c.key
 
     return sorted(pairs, key=key)
 
@@ -61,13 +66,16 @@ def rows(record: dict[str, Any]) -> list[list[str]]:
         ratio = speed_up(record, name)
         floor = record.get("floor")
         own = not name.startswith("convnext")
-        memory = [found.get("kept_for_backward"), found.get("peak_allocated")]
+        memory = [
+            found.get(kind) for kind in ("kept_for_backward", "peak_allocated", "peak_resident")
+        ]
         faults = found.get("page_faults")
         lines.append(
             [
                 name,
                 f"{1e3 * found['median']:.3g}",
                 f"{1e3 * found['p20']:.3g} to {1e3 * found['p80']:.3g}",
+                str(len(found["samples"])),
                 f"{ratio:.2f}×" if ratio else "",
                 f"{floor / found['median']:.0%}" if floor and own else "",
                 *("" if m is None else f"{m / 1e6:.1f}" for m in memory),
@@ -106,7 +114,7 @@ def print_table(results: dict[str, Any]) -> None:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """All cells, the machine with its limits, and, in its own section, what is only predicted."""
+    """All cells, and the machine with its limits."""
     machine = results["machine"] or {}
     commits = {
         record["conditions"]["commit"]
@@ -130,8 +138,11 @@ def markdown(results: dict[str, Any]) -> str:
         "run. The floor is the arithmetic (linear layers, taps inside the image, erf GELUs) at the "
         "measured rates, or the bytes at the measured bandwidth if that is more; training counts "
         "three times the arithmetic. Kept: for backward. Peak: of torch's own allocations during a "
-        "call (a kernel's workspace is in results.json's peak_resident only). Faults: page faults "
-        "a call.",
+        "call, without a kernel's own workspace; resident: what the process gained in a call. "
+        "Faults: page faults a call. "
+        f"Where a line has fewer than {WANTED_SAMPLES} samples, its time was up. Checked against "
+        "float64 before a time was taken: blocks and operators up to 8 images in full, of larger "
+        "batches 8 images, of whole networks 2 (the timed batch's first and last among them).",
         "",
         *_limits(results["limits"]),
     ]
@@ -140,11 +151,27 @@ def markdown(results: dict[str, Any]) -> str:
         lines += ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
         lines += ["| " + " | ".join(line) + " |" for line in rows(record)]
         lines += [""] + [f"- {line}" for line in absent(record)]
-    if "gpu" not in machine and PREDICTED.exists():
-        lines += ["", "# Predicted, not measured: the GPU kernels", ""]
-        lines += [line.replace("# ", "## ", 1) if line.startswith("# ") else line
-                  for line in PREDICTED.read_text().splitlines()]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def page(results: dict[str, Any]) -> str:
+    """The README of a results folder; what is only predicted has its own page."""
+    text = markdown(results)
+    if "gpu" not in (results["machine"] or {}):
+        text += (
+            f"\nGPU kernels: predicted, not measured, in [{PREDICTED.name}](../{PREDICTED.name}).\n"
+        )
+    return text
+
+
+def with_predictions(results: dict[str, Any]) -> str:
+    """All cells and, in its own section, what is only predicted."""
+    text = markdown(results)
+    if "gpu" not in (results["machine"] or {}) and PREDICTED.exists():
+        title, _, body = PREDICTED.read_text().partition("\n")
+        body = body.replace("\n# ", "\n## ")
+        text += f"\n# Predicted, not measured: the GPU kernels\n\n#{title}\n{body}"
+    return text
 
 
 def size_name(size: int) -> str:
@@ -166,7 +193,8 @@ def _limits(limits: dict[str, Any] | None) -> list[str]:
         f"{rate / 1e9:.0f} GB/s within {size_name(size)}" for size, rate in limits["bandwidths"]
     )
     return [
-        f"Measured limits of one core: {limits['float32_flops'] / 1e9:.0f} GFLOP/s float32 FMA, "
+        "Measured limits of the cores used: "
+        f"{limits['float32_flops'] / 1e9:.0f} GFLOP/s float32 FMA, "
         f"{limits['bfloat16_flops'] / 1e9:.0f} GFLOP/s bfloat16 dot, "
         f"{limits['gelus'] / 1e9:.2f} G GELU/s; copy {copies}."
     ]

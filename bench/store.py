@@ -21,7 +21,10 @@ class Store:
     def read(self) -> dict[str, Any]:
         if not self.path.exists():
             return {"machine": None, "limits": None, "commands": [], "records": {}}
-        return json.loads(self.path.read_text())
+        results = json.loads(self.path.read_text())
+        # By today's keys: a cell may have gained a field since the file was written.
+        results["records"] = {cell_of(r).key: r for r in results["records"].values()}
+        return results
 
     def update(self, change: Callable[[dict[str, Any]], None]) -> None:
         """Change the file in one step, also beside other runs into the same folder."""

@@ -1,7 +1,8 @@
 """Work: what a cell computes, in the forms that contenders run, with its inputs and its cost.
 
 Every form is an nn.Module over [N, C, H, W] with the same parameters. "ours" and "nhwc" are given
-channels_last tensors, of which an operator sees the NHWC view, and "nchw" contiguous ones.
+channels_last tensors, of which an operator sees the NHWC view, and "nchw" contiguous ones; "ours"
+is given what the cell says.
 """
 
 from __future__ import annotations
@@ -17,11 +18,9 @@ from torch import Tensor, nn
 from bench.cases import Inputs
 from bench.cells import Cell
 
-FORMATS = {
-    "ours": torch.channels_last,
-    "nhwc": torch.channels_last,
-    "nchw": torch.contiguous_format,
-}
+FORMATS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
+# Images of a batch whose numbers are held against float64; a network's take longest.
+CHECKED_IMAGES, CHECKED_IN_NETWORKS = 8, 2
 
 
 @dataclass(frozen=True)
@@ -72,9 +71,26 @@ class Work:
     def inputs_for(self, form: str) -> tuple[Tensor, ...]:
         """The inputs in a form's memory format, new leaves that want gradients in training."""
         train = self.cell.mode == "train" and self.step is None
+        if form == "ours":
+            form = "nhwc" if self.cell.memory_format == "channels_last" else "nchw"
         return tuple(
             x.detach().clone(memory_format=FORMATS[form]).requires_grad_(train) for x in self.inputs
         )
+
+    @property
+    def checked(self) -> list[int]:
+        """The images that are checked: spread over the batch, with its first and its last."""
+        batch = self.cell.batch
+        count = min(batch, CHECKED_IMAGES if self.step is None and self.dy is not None
+                    else CHECKED_IN_NETWORKS)  # fmt: skip
+        return sorted({round(i * (batch - 1) / max(count - 1, 1)) for i in range(count)})
+
+    def cotangent_of_checked(self) -> Tensor:
+        """dy with zeros at the images that are not checked: then their gradients are zero too."""
+        assert self.dy is not None
+        kept = torch.zeros_like(self.dy)
+        kept[self.checked] = self.dy[self.checked]
+        return kept
 
 
 class Formula(nn.Module):

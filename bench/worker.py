@@ -1,6 +1,7 @@
 """Measures one cell, in a process of its own: its allocator, threads and memory are its own.
 
-    python -m bench.worker '{"cell": {...}, "peers": [...], "budget": 10, "limits": {...}}'
+    python -m bench.worker '{"cell": {...}, "peers": [...], "budget": 10, "limits": {...},
+                             "left_out": {}, "wanted": 30}'
 
 The record is the last line of stdout, as JSON.
 """
@@ -9,9 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +27,8 @@ from bench.runtimes import Prepared, SkipError
 from bench.verify import Checker, WrongNumbersError
 from bench.work import Work, build
 
+PREPARE_SECONDS = 120.0  # for a peer to compile and be checked
+
 
 def measure(
     cell: Cell, peers: list[str], budget: float, limits: dict[str, Any] | None,
@@ -32,8 +37,10 @@ def measure(
     """Check every contender, time those that are right in turn, measure their memory.
 
     Returns the record: the cell, its cost and floor, and by contender its times and memory, or
-    "skipped" or "refused" with the reason. A refused contender of ours fails the run.
+    "skipped" or "refused" with the reason. A refused contender of ours fails the run. With no
+    samples wanted, all is done but timing: the compilers' caches are then filled.
     """
+    begun = time.perf_counter()
     torch.set_num_threads(cell.threads)
     torch.manual_seed(0)
     work = build(cell)
@@ -44,16 +51,20 @@ def measure(
         "taken": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
         "cost": work.cost.of(cell.mode) if work.cost else None,
         "floor": _floor(work, limits),
+        "checked": f"{len(work.checked)} of {cell.batch} images against float64",
         "contenders": {},
     }
+    checker.truth()
     ready: dict[str, Prepared] = {}
     for name in peers:
         started = time.perf_counter()
         found: dict[str, Any] = record["contenders"].setdefault(name, {})
+        ours = CONTENDERS[name].ours
         try:
-            prepared = CONTENDERS[name].prepare(work)
-            with prepared.scope():
-                found["error"] = _check(prepared, checker, work, CONTENDERS[name].ours)
+            with nullcontext() if ours else _at_most(PREPARE_SECONDS):
+                prepared = CONTENDERS[name].prepare(work)
+                with prepared.scope():
+                    found["error"] = _check(prepared, checker, work, ours)
             ready[name] = prepared
         except SkipError as reason:
             found["skipped"] = str(reason)
@@ -62,10 +73,12 @@ def measure(
         except Exception as error:
             # A peer that cannot compile or export a cell is a finding; ours fails the run by it.
             text = str(error).strip() or "no message"
-            state = "refused" if CONTENDERS[name].ours else "skipped"
+            state = "refused" if ours else "skipped"
             found[state] = f"{type(error).__name__}: {text.splitlines()[0][:160]}"
         found["prepared_in"] = round(time.perf_counter() - started, 2)
         tell(f"  {name}: {found.get('skipped') or found.get('refused') or 'checked'}")
+    if not wanted:
+        return record
     calls = {name: _call(prepared, cell) for name, prepared in ready.items()}
     clock = timing.CudaClock() if cell.device == "cuda" else timing.CpuClock()
     for name, samples in timing.interleave(calls, clock, budget, wanted).items():
@@ -73,7 +86,24 @@ def measure(
     for name, prepared in ready.items():
         record["contenders"][name] |= _memory(prepared, cell)
     record["conditions_after"] = machine.conditions(cell.device)
+    record["took"] = round(time.perf_counter() - begun, 1)
     return record
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """SkipError in what takes longer: a compiler that goes on must not cost the whole cell."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise SkipError(f"not ready after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _check(prepared: Prepared, checker: Checker, work: Work, ours: bool) -> float:
@@ -117,9 +147,7 @@ def _floor(work: Work, limits: dict[str, Any] | None) -> float | None:
     cell = work.cell
     if cell.device == "cuda":
         return floors.gpu_floor(work.cost, limits, cell.mode, cell.dtype)
-    return floors.cpu_floor(
-        work.cost, Limits(**limits), cell.mode, cell.dtype == "bfloat16", cell.threads
-    )
+    return floors.cpu_floor(work.cost, Limits(**limits), cell.mode, cell.dtype == "bfloat16")
 
 
 def _memory(prepared: Prepared, cell: Cell) -> dict[str, int | None]:
@@ -143,7 +171,10 @@ def main() -> int:
         request["budget"],
         request["limits"],
         tell=lambda text: print(text, file=sys.stderr, flush=True),
+        wanted=request["wanted"],
     )
+    for name, reason in request["left_out"].items():
+        record["contenders"][name] = {"skipped": reason}
     print(json.dumps(record))
     return 0
 
