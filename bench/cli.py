@@ -224,6 +224,7 @@ def _measure(
     environment = {**os.environ, **cells.ALLOCATORS[cell.allocator]}
     environment["OMP_NUM_THREADS"] = str(cell.threads)
     environment["PYTHONPATH"] = str(ROOT)
+    environment.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler, which counts allocations
     command = [sys.executable, "-m", "bench.worker", json.dumps(request)]
     left = deadline - time.monotonic()
     try:

@@ -61,7 +61,7 @@ def measure(
         found: dict[str, Any] = record["contenders"].setdefault(name, {})
         ours = CONTENDERS[name].ours
         try:
-            with nullcontext() if ours else _at_most(PREPARE_SECONDS):
+            with nullcontext() if ours or not wanted else _at_most(PREPARE_SECONDS):
                 prepared = CONTENDERS[name].prepare(work)
                 with prepared.scope():
                     found["error"] = _check(prepared, checker, work, ours)
