@@ -16,14 +16,16 @@ from bench.cells import OPERATORS, Cell, product
 from bench.store import Store
 from bench.worker import measure
 
-CELLS = product(["block", *OPERATORS], [1, 4], [1], ["float32"], ["infer", "train"])
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CELLS = product(
+    ["block", *OPERATORS], [1, 4], [1], ["float32"], ["infer", "train"], device=DEVICE
+)  # fmt: skip
 PEERS = ["eager-nhwc"]
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.key)
 def test_speed(cell: Cell, benchmark: Any, request: pytest.FixtureRequest) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    ours = [n for n in contenders.default_for(device) if contenders.CONTENDERS[n].ours]
+    ours = [n for n in contenders.default_for(DEVICE) if contenders.CONTENDERS[n].ours]
     record = measure(cell, [*ours, *PEERS], budget=2.0, limits=None, wanted=10)
     refused = {n: f["refused"] for n, f in record["contenders"].items() if "refused" in f}
     assert not refused
@@ -33,7 +35,7 @@ def test_speed(cell: Cell, benchmark: Any, request: pytest.FixtureRequest) -> No
         {
             "bytes": record["cost"]["bytes"],
             "flops": record["cost"]["flops"],
-            "device": machine.gpu()["gpu"] if device == "cuda" else machine.processor(),
+            "device": machine.gpu()["gpu"] if DEVICE == "cuda" else machine.processor(),
             "backend": name,
             "ratio_to_eager": report.speed_up(record, name),
             "samples": found["samples"],
