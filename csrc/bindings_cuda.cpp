@@ -95,15 +95,20 @@ void bind_nested_conv(py::module_& cuda) {
         py::arg("shortcut"), py::arg("dtype"), py::arg("stream"), nogil);
     cuda.def(
         "nested_conv_backward_workspace",
-        [](Size N, Size H, Size W, Size C, int K, int dtype) -> std::size_t {
+        [](Address dv, Address h, Address u, Address dh, Size N, Size H, Size W, Size C, int K,
+           int dtype) -> std::size_t {
             const Extent extent(N, H, W, C);
             const ElementType type = element_type(dtype);
             check_nested_conv(extent.N, extent.H, extent.W, extent.C, K, type);
             if (extent.empty()) return 0;
-            return nested_conv_bwd_workspace_bytes(extent.N, extent.H, extent.W, extent.C, K, type);
+            NestedConvBwdParams params{};
+            params.dv = At{dv}, params.h = At{h}, params.u = At{u}, params.dh = At{dh};
+            params.N = extent.N, params.H = extent.H, params.W = extent.W, params.C = extent.C;
+            return nested_conv_bwd_workspace_bytes(params, K, type);
         },
-        py::arg("N"), py::arg("H"), py::arg("W"), py::arg("C"), py::arg("K"), py::arg("dtype"),
-        "Bytes of the backward's workspace.");
+        py::arg("dv"), py::arg("h"), py::arg("u"), py::arg("dh"), py::arg("N"), py::arg("H"),
+        py::arg("W"), py::arg("C"), py::arg("K"), py::arg("dtype"),
+        "Bytes of the backward's workspace, with these addresses on the current device.");
     cuda.def(
         "nested_conv_backward",
         [](Address dv, Address h, Address u, Address mean, Address rstd, Address conv_weight,

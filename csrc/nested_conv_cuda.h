@@ -56,7 +56,8 @@ void check_nested_conv(int N, int H, int W, int C, int kernel_size, ElementType 
 void launch_nested_conv_fwd(const NestedConvFwdParams& params, int kernel_size, ElementType type,
                             void* stream);
 
-std::size_t nested_conv_bwd_workspace_bytes(int N, int H, int W, int C, int kernel_size,
+// Of this call on the current device; `workspace` itself is not read, nor is any tensor.
+std::size_t nested_conv_bwd_workspace_bytes(const NestedConvBwdParams& params, int kernel_size,
                                             ElementType type);
 void launch_nested_conv_bwd(const NestedConvBwdParams& params, int kernel_size, ElementType type,
                             void* stream);

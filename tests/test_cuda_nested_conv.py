@@ -162,9 +162,6 @@ def backward(
     _, u, mean, rstd = kept
     N, H, W, C = h.shape
     type_of = emulation.TYPES.index(case.dtype)
-    lib = emulation.library()
-    lib.nested_conv_bwd_workspace.restype = ctypes.c_size_t
-    size = lib.nested_conv_bwd_workspace(*case.shape, case.kernel_size, type_of)
     poisoned = {
         name: torch.full(shape, torch.nan, dtype=dtype) if need else None
         for name, need, shape, dtype in zip(
@@ -175,19 +172,23 @@ def backward(
             strict=True,
         )
     }
-    workspace = torch.full((size // 4,), torch.nan)
     tensors = dict(
         dv=dv, h=h, u=u, mean=mean, rstd=rstd,
         conv_weight=conv_weight, ln_weight=ln_weight, ln_bias=ln_bias,
     )  # fmt: skip
     params = BwdParams.of(
-        **tensors, **poisoned, workspace=workspace, N=N, H=H, W=W, C=C, shortcut=case.shortcut
+        **tensors, **poisoned, workspace=0, N=N, H=H, W=W, C=C, shortcut=case.shortcut
     )
+    lib = emulation.library()
+    lib.nested_conv_bwd_workspace.restype = ctypes.c_size_t
+    size = lib.nested_conv_bwd_workspace(ctypes.byref(params), case.kernel_size, type_of)
+    workspace = torch.full((size // 4,), torch.nan)
+    params.workspace = workspace.data_ptr()
     emulation.run(
         "nested_conv_bwd",
         ctypes.byref(params),
         case.kernel_size,
-        emulation.TYPES.index(case.dtype),
+        type_of,
         inputs=tensors,
         outputs={**poisoned, "workspace": workspace},
         **{"seed": case.seed, **faults},

@@ -240,19 +240,23 @@ def test_too_many_pixels_are_refused() -> None:
 def test_the_core_refuses_what_the_reasons_say() -> None:
     """The limits are told twice, here and in the core; this holds them together."""
     core = emulation.module()
+
+    def workspace(*numbers: int) -> int:
+        return core.nested_conv_backward_workspace(0, 0, 0, 0, *numbers)
+
     for size in range(1, 16):
         if size in cuda.KERNEL_SIZES["nested_conv"]:
-            core.nested_conv_backward_workspace(1, 4, 4, 8, size, 2)
+            workspace(1, 4, 4, 8, size, 2)
         else:
             with pytest.raises(ValueError, match="kernel_size must be"):
-                core.nested_conv_backward_workspace(1, 4, 4, 8, size, 2)
-    core.nested_conv_backward_workspace(1, 1, 1, cuda.MAX_CHANNELS, 7, 2)
+                workspace(1, 4, 4, 8, size, 2)
+    workspace(1, 1, 1, cuda.MAX_CHANNELS, 7, 2)
     with pytest.raises(ValueError, match="C must be at most 8192, got 8193"):
-        core.nested_conv_backward_workspace(1, 1, 1, cuda.MAX_CHANNELS + 1, 7, 2)
+        workspace(1, 1, 1, cuda.MAX_CHANNELS + 1, 7, 2)
     with pytest.raises(ValueError, match=r"N·H·W must be below 2\^31, got 2147483648"):
-        core.nested_conv_backward_workspace(2, 2**15, 2**15, 8, 7, 2)
+        workspace(2, 2**15, 2**15, 8, 7, 2)
     with pytest.raises(ValueError, match=r"N must be from 0 to 2\^31 - 1, got 2147483648"):
-        core.nested_conv_backward_workspace(2**31, 1, 1, 8, 7, 2)
+        workspace(2**31, 1, 1, 8, 7, 2)
 
 
 def test_auto_never_takes_the_emulation() -> None:

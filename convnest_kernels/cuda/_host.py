@@ -21,6 +21,7 @@ __all__ = [
     "new_statistics",
     "parameter",
     "workspace",
+    "workspace_bytes",
 ]
 
 
@@ -70,6 +71,16 @@ def dtype_code(x: Tensor) -> int:
     """The core's number for the dtype of x."""
     code: int = getattr(core(), str(x.dtype).removeprefix("torch."))
     return code
+
+
+def workspace_bytes(function: str, tensors: Sequence[Tensor | None], *numbers: int) -> int:
+    """What a function of the core says of these tensors on the first one's device."""
+    x = tensors[0]
+    assert x is not None
+    addresses = [address(tensor) for tensor in tensors]
+    with _device_of(x):
+        size: int = getattr(core(), function)(*addresses, *numbers, dtype_code(x))
+    return size
 
 
 def workspace(x: Tensor, size: int) -> Tensor:

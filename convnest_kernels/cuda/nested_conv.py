@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from convnest_kernels.cuda._host import (
-    core,
-    dtype_code,
     launch,
     new_gradient,
     new_output,
     new_statistics,
     parameter,
     workspace,
+    workspace_bytes,
 )
 
 
@@ -64,7 +63,9 @@ def backward(
         new_output(h, needs[0]),
         *(new_gradient(h, shape, need) for shape, need in zip(shapes, needs[1:], strict=True)),
     )
-    size = core().nested_conv_backward_workspace(*h.shape, kernel_size, dtype_code(h))
+    size = workspace_bytes(
+        "nested_conv_backward_workspace", [dv, h, u, grads[0]], *h.shape, kernel_size
+    )
     launch(
         "nested_conv_backward",
         [dv, h, u, mean, rstd, *parameters],

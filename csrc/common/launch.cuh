@@ -73,7 +73,22 @@ void run(const Launch& launch, void (*kernel)(Parameters...), const Arguments&..
           "launch");
 }
 
+// Bytes of shared memory that a block can have on the current device.
+inline int device_shared_bytes() {
+    int device = 0, bytes = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+        error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    if (error == cudaSuccess) return bytes;
+    (void)cudaGetLastError();
+    throw std::runtime_error(std::string("asking for the device's shared memory failed: ") +
+                             cudaGetErrorString(error));
+}
+
 #else
+
+inline int device_shared_bytes() { return emulation::device_shared_bytes; }
 
 template <class... Parameters, class... Arguments>
 void run(const Launch& launch, void (*kernel)(Parameters...), const Arguments&... arguments) {

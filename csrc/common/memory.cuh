@@ -29,6 +29,20 @@ __device__ __forceinline__ T load_global(const T* address) {
 #endif
 }
 
+// Reads what the same thread, and no other, may overwrite in this launch.
+__device__ __forceinline__ uint4 load_global_in_place(const uint4* address) {
+#if defined(__CUDACC__)
+    uint4 v;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(address)
+                 : "memory");
+    return v;
+#else
+    return emulation::load_global(address);
+#endif
+}
+
 template <class T>
 __device__ __forceinline__ void store_global(T* address, T value) {
 #if defined(__CUDACC__)

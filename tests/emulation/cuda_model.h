@@ -117,6 +117,8 @@ constexpr std::size_t kStackBytes = 128 << 10;
 constexpr std::size_t kPageBytes = 4096;
 constexpr int kMaxThreads = 1024;
 constexpr std::size_t kMaxSharedBytes = 227 << 10;
+// What a block can have on the device that is emulated; less on some than on others.
+inline int device_shared_bytes = kMaxSharedBytes;
 
 inline std::string place() {
     const Machine& m = machine;

@@ -26,6 +26,11 @@ void emulation_configure(unsigned seed, int skipped_barrier, int check_races) {
     emulation::buffers.clear();
 }
 
+// Of the device: 0 for the most that there is.
+void emulation_device_shared_bytes(int bytes) {
+    emulation::device_shared_bytes = bytes > 0 ? bytes : emulation::kMaxSharedBytes;
+}
+
 // Of the forward, the input gradient and the weight gradient.
 int shared_bytes_of_7x7(int kernel) {
     using namespace convnest::cuda;
@@ -65,8 +70,9 @@ int nested_conv_fwd(const convnest::cuda::NestedConvFwdParams* params, int kerne
 
 std::size_t nested_conv_bwd_params_bytes() { return sizeof(convnest::cuda::NestedConvBwdParams); }
 
-std::size_t nested_conv_bwd_workspace(int N, int H, int W, int C, int kernel_size, int type) {
-    return convnest::cuda::nested_conv_bwd_workspace_bytes(N, H, W, C, kernel_size,
+std::size_t nested_conv_bwd_workspace(const convnest::cuda::NestedConvBwdParams* params,
+                                      int kernel_size, int type) {
+    return convnest::cuda::nested_conv_bwd_workspace_bytes(*params, kernel_size,
                                                            element_type(type));
 }
 

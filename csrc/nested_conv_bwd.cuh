@@ -1,0 +1,433 @@
+// nested_conv, backward, the wide kernel, bf16 and fp16 on the tensor cores:
+//
+//     du = dv ⊙ GELU'(u);   dz = DWᵀ(du);   x̂ = (GELU(h) − mean)·rstd;   z = γx̂ + β
+//     p  = rstd·γ·dz [+ du]                     what the norm's gradient is made of, in one tensor:
+//     dh = GELU'(h) ⊙ (p − rstd·(m1 + x̂·m2)),  m1 = mean_c(γ·dz), m2 = mean_c(γ·dz·x̂)
+//
+// Reads dv, u (halo of R), h, mean, rstd; writes p, each pixel's sums of γ·dz and γ·dz·x̂ over the
+// block's 16 channels, and an item's sums of dw, db, dγ, dβ. nested_conv_finish.cuh makes dh.
+//
+// 512 threads, one block to an SM; a block takes 16 channels of an item of the canvas, a warp one
+// of them, with both rings of K accumulators: dz's (band.cuh) and the weight gradient's
+// (depthwise_wgrad.cuh). It marches down the rows, 4 rows of z to a stage, du R rows ahead:
+//     fill    z and x̂ of rows y .. y + 3; du of rows y + R .. y + R + 3, into its ring
+//     barrier
+//     fetch   the next stage's rows, asynchronously
+//     product weight gradient: z against du of rows y − R .. y + 3 + R; then dz of rows y .. y + 3,
+//             written over z; then dγ and dβ: dz against x̂ and against the mask of what counts
+//     barrier
+//     drain   dz, x̂ and du to p and the row sums
+// So every element of h is read and normed once, for the pixels that the item owns; du alone has a
+// halo, and the first one or two stages fill its ring and dz's accumulators alone. The ring is so
+// long that the drain reads its rows of du while the next fill writes: no third barrier.
+#pragma once
+
+#include "common/band.cuh"
+#include "common/gelu_norm.cuh"
+#include "common/pair_planes.cuh"
+#include "common/row_statistics.cuh"
+
+namespace convnest::cuda {
+
+// C % 8 == 0, and all tensors are 16-byte aligned.
+struct NestedConvBwdArgs {
+    const std::uint16_t* dv;  // [N, H, W, C]
+    const std::uint16_t* u;   // [N, H, W, C]
+    const std::uint16_t* h;   // [N, H, W, C]
+    const float* mean;        // [N, H, W]
+    const float* rstd;        // [N, H, W]
+    const float* weight;      // [C, K·K]
+    const float* ln_weight;   // [C] or null
+    const float* ln_bias;     // [C] or null
+    std::uint16_t* p;         // [N, H, W, C] or null, with row_sums
+    float2* row_sums;         // [channel_blocks, N·H·W]
+    float* dweight;           // [items, C, K·K] or null, with dbias
+    float* dbias;             // [items, C]
+    float* dnorm;             // [items, 2, C]: of dγ and dβ
+    bool shortcut;
+    int C;
+    Canvas canvas;
+    std::uint32_t pixel_count;  // N·H·W
+    int channel_blocks;
+};
+
+// Rows of du: the K + 3 that a stage's rows of z meet, and those that the drain still reads. Even,
+// since they are loaded in twos.
+template <int K>
+constexpr int kBackwardRows = K <= 5 ? 10 : 12;
+
+template <int K>
+struct NestedConvBwdShared {
+    union {
+        struct {
+            PairPlanes z;                                        // lead 8; then dz
+            PairPlanes normal;                                   // lead 8: x̂
+            unsigned char du[kBackwardRows<K> * kPairRowBytes];  // lead 4
+        };
+        float sums[kBlockChannels * K][16][8];  // at the end: Q
+    };
+    PairMasks masks;
+    PairStaging h, dv, u;
+    PairStatistics statistics;
+    Bands<K> bands;
+    BlockAffine affine;
+    PairOffsets offsets;
+};
+// With 1 KB of the system's in the 164 KB of sm_80.
+static_assert(sizeof(NestedConvBwdShared<9>) <= 163 * 1024);
+
+// One channel's share of a stage of the weight gradient: 4 rows of z against the rows of du around
+// them, `oldest` being the ring slot of row −R. bias_sum gathers du of the 4 rows themselves.
+template <class Element, int K>
+__device__ __forceinline__ void correlate_rows(Ring<K>& sums, FragmentC& bias_sum,
+                                               const unsigned char* z, const unsigned char* du,
+                                               const PairMasks& masks, int oldest, int channel,
+                                               int lane) {
+    constexpr int kSlots = kBackwardRows<K>, kRows = kStageRows + K - 1;
+    const unsigned char* windows = z + pair_window_transposed(channel, lane);
+    const unsigned char* tiles = du + pair_tiles(channel, lane, 0);
+    FragmentB gradient[kRows];
+    const auto load = [&](int row) {  // and row + 1; row is even
+        const int slot = oldest + row < kSlots ? oldest + row : oldest + row - kSlots;
+        std::uint32_t r[4];
+        load_matrices<true>(r, tiles + slot * kPairRowBytes);
+        gradient[row][0] = r[0], gradient[row][1] = r[1];
+        gradient[row + 1][0] = r[2], gradient[row + 1][1] = r[3];
+    };
+#pragma unroll
+    for (int row = 0; row < K - 1; row += 2) load(row);
+#pragma unroll
+    for (int row = 0; row < kStageRows; ++row) {
+        if (row % 2 == 0) load(row + K - 1);
+        FragmentA window;
+        load_matrices<true>(window, windows + row * kPairRowBytes);
+#pragma unroll
+        for (int ky = 0; ky < K; ++ky) {
+            mma<Element>(sums[ky], window, gradient[row + K - 1 - ky], sums[ky]);
+        }
+        std::uint32_t mask[4];
+        load_matrices<true>(mask, masks.tiles(row, lane));
+        const FragmentA counted = {mask[0], 0u, mask[1], 0u};
+        mma<Element>(bias_sum, counted, gradient[row + K / 2], bias_sum);
+    }
+}
+
+// dz of a stage's 4 rows, which `du`'s rows R .. R + 3 finish, to planes of lead 8. `entering`: the
+// ring slot of the first of them.
+template <class Element, int K>
+__device__ __forceinline__ void convolve_rows(Ring<K>& ring, const FragmentB (&band)[K],
+                                              const unsigned char* du, unsigned char* dz,
+                                              int entering, int channel, int lane) {
+    constexpr int kSlots = kBackwardRows<K>;
+    const FragmentC zero = {0.f, 0.f, 0.f, 0.f};
+    const unsigned char* windows = du + pair_window(channel, lane);
+    unsigned char* outputs = dz + pair_plane(channel) + 16 + lane * 4;
+    const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int row = 0; row < kStageRows; ++row) {
+        const int slot = entering + row < kSlots ? entering + row : entering + row - kSlots;
+        FragmentA window;
+        load_matrices<false>(window, windows + slot * kPairRowBytes);
+        push_row<Element, K>(ring, window, band, zero);
+        unsigned char* output = outputs + row * kPairRowBytes;
+        store_shared(output, Element::pack(ring[0][0], ring[0][1]));
+        // The last tile's outputs from 4 on lie beyond the canvas, in the zeros right of z.
+        if (!(g == 7 && t >= 2)) {
+            store_shared(output + 128, Element::pack(ring[0][2], ring[0][3]));
+        }
+    }
+}
+
+// Σ_m x̂[8m + j]·dz[8m + n] in rows j of `sums`, Σ_m mask[8m + j]·dz[8m + n] in rows 8 + j: dγ and
+// dβ are the sums of their diagonals.
+template <class Element>
+__device__ __forceinline__ void correlate_norm(FragmentC& sums, const unsigned char* dz,
+                                               const unsigned char* normal, const PairMasks& masks,
+                                               int channel, int lane) {
+    const int tiles = pair_tiles(channel, lane, 1);
+#pragma unroll
+    for (int row = 0; row < kStageRows; row += 2) {
+        std::uint32_t gradient[4], factor[4];
+        load_matrices<true>(gradient, dz + tiles + row * kPairRowBytes);
+        load_matrices<true>(factor, normal + tiles + row * kPairRowBytes);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            std::uint32_t mask[4];
+            load_matrices<true>(mask, masks.tiles(row + i, lane));
+            const FragmentA a = {factor[2 * i], mask[2], factor[2 * i + 1], mask[3]};
+            const FragmentB b = {gradient[2 * i], gradient[2 * i + 1]};
+            mma<Element>(sums, a, b, sums);
+        }
+    }
+}
+
+// The sums of the diagonals of a fragment's upper and lower half, in all lanes.
+__device__ __forceinline__ float2 diagonal_sums(const FragmentC& c, int lane) {
+    const int g = lane >> 2, t = lane & 3;
+    float upper = g == 2 * t ? c[0] : g == 2 * t + 1 ? c[1] : 0.f;
+    float lower = g == 2 * t ? c[2] : g == 2 * t + 1 ? c[3] : 0.f;
+    return make_float2(warp_sum(upper), warp_sum(lower));
+}
+
+template <class Element, int K>
+__global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(NestedConvBwdArgs args) {
+    CONVNEST_SHARED_MEMORY(NestedConvBwdShared<K>, shared);
+    constexpr int R = K / 2, kSlots = kBackwardRows<K>;
+    const Canvas& canvas = args.canvas;
+    const int thread = threadIdx.x, lane = thread % kWarpSize, channel = thread / kWarpSize;
+    const int channel_block = blockIdx.x % args.channel_blocks;
+    const int index = blockIdx.x / args.channel_blocks;
+    const int channel0 = channel_block * kBlockChannels;
+    Item item = item_of(canvas, index);
+    const PairRole role(thread);
+
+    // Parameters, and zeros where planes have no pixel and above the item's first rows of du
+    fill_bands<Element, K>(shared.bands, args.weight + channel0 * K * K, args.C - channel0, true,
+                           thread);
+    shared.affine.fill(args.ln_weight, args.ln_bias, channel0, args.C, thread);
+    constexpr int kPlaneVectors = (2 * kStageRows + kSlots) * kPairRowBytes / 16;
+    for (int i = thread; i < kPlaneVectors; i += kPairThreads) {
+        store_shared(shared.z.bytes + i * 16, make_uint4(0, 0, 0, 0));
+    }
+    if (thread < static_cast<int>(sizeof(PairMasks) / 16)) {
+        store_shared(shared.masks.rows[0][0] + thread * 16, make_uint4(0, 0, 0, 0));
+    }
+
+    // Where this thread reads and writes
+    const int octet0 = channel0 + role.half * 8;
+    const std::uint32_t row_bytes = 2 * static_cast<std::uint32_t>(args.C);
+    const PixelQuad quad(canvas, item, role.pair / 2 * 4 - kLeadPixels);
+    const int in_quad = role.pair % 2 * 2;
+    // Bits 0–1: readable pixels, 2–3: outputs, 4: this thread's channels exist
+    const unsigned pixels = (quad.readable >> in_quad & 3) | (quad.owned >> in_quad & 3) << 2 |
+                            (octet0 < args.C ? 1u << 4 : 0u);
+    shared.offsets.store(quad, role);
+
+    // du's ring and dz's accumulators want the rows from R above the first one on, in whole stages.
+    const int warm_up = (R + item.first - item.start + kStageRows - 1) / kStageRows;
+    const int start = item.first - warm_up * kStageRows;
+    item.top_y -= item.start - start;
+    RowWalk<R> walk(canvas, item, role.row);  // of z
+    int own = start + role.row;
+
+    // Bits 0–1: pixels of du's row, 2–3: of z's. dv, u and h are on their way for these.
+    unsigned present;
+    const auto fetch = [&] {
+        RowWalk<R> ahead = walk;
+        ahead.advance(canvas, R);
+        const int own_du = own + R;
+        present = 0;
+        if (ahead.inside(canvas) && own_du < item.end + R && own_du >= item.first - R) {
+            present = pixels & 3;
+        }
+        if (walk.inside(canvas) && own >= item.first && own < item.end) {
+            present |= pixels & 12;
+        }
+        std::uint32_t offset[2];
+        shared.offsets.load(offset, role);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const std::uint32_t du = ahead.pixel + offset[i], z = walk.pixel + offset[i];
+            if (du >= args.pixel_count) present &= ~(1u << i);
+            if (z >= args.pixel_count) present &= ~(4u << i);
+            const bool channels = pixels >> 4;
+            const bool has_du = (present >> i & 1) && channels;
+            const bool has_z = present >> (2 + i) & 1;
+            shared.dv.fetch(thread, i, at_pixel(args.dv + octet0, du, row_bytes), has_du);
+            shared.u.fetch(thread, i, at_pixel(args.u + octet0, du, row_bytes), has_du);
+            shared.h.fetch(thread, i, at_pixel(args.h + octet0, z, row_bytes), has_z && channels);
+            shared.statistics.fetch(role, i, args.mean, args.rstd, z, has_z);
+        }
+        async_copy_commit();
+    };
+    const auto fill_du = [&](int entering) {
+        const int slot =
+            entering + role.row < kSlots ? entering + role.row : entering + role.row - kSlots;
+        unsigned char* cells = shared.du + slot * kPairRowBytes + role.cell<4>(0);
+        const std::uint32_t mask = pixel_mask(present, 0);
+        Octet dv[2], u[2];
+        shared.dv.take(dv, thread);
+        shared.u.take(u, thread);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            float low[2], high[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                low[i] = Element::low(dv[i].pair[k]) *
+                         gelu_slope_of<Element>(Element::low(u[i].pair[k]));
+                high[i] = Element::high(dv[i].pair[k]) *
+                          gelu_slope_of<Element>(Element::high(u[i].pair[k]));
+            }
+            store_shared(cells + 2 * k * kPairPlaneBytes, Element::pack(low[0], low[1]) & mask);
+            store_shared(cells + (2 * k + 1) * kPairPlaneBytes,
+                         Element::pack(high[0], high[1]) & mask);
+        }
+    };
+    const auto fill_z = [&](float2& rstd) {
+        const int cells = role.row * kPairRowBytes + role.cell<8>(0);
+        const std::uint32_t mask = pixel_mask(present >> 2, 0);
+        const float2 mean = shared.statistics.load(0, role);
+        rstd = shared.statistics.load(1, role);
+        const float scale[2] = {rstd.x, rstd.y};
+        const float shift[2] = {-mean.x * rstd.x, -mean.y * rstd.y};
+        shared.masks.template store<Element>(role, mask);
+        Octet h[2];
+        shared.h.take(h, thread);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            const auto gamma = load_shared<float2>(&shared.affine.gamma[role.half * 8 + 2 * k]);
+            const auto beta = load_shared<float2>(&shared.affine.beta[role.half * 8 + 2 * k]);
+            float low[2], high[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                low[i] = fmaf(gelu_of<Element>(Element::low(h[i].pair[k])), scale[i], shift[i]);
+                high[i] = fmaf(gelu_of<Element>(Element::high(h[i].pair[k])), scale[i], shift[i]);
+            }
+            const int cell = cells + 2 * k * kPairPlaneBytes;
+            store_shared(shared.normal.bytes + cell, Element::pack(low[0], low[1]) & mask);
+            store_shared(shared.normal.bytes + cell + kPairPlaneBytes,
+                         Element::pack(high[0], high[1]) & mask);
+            store_shared(
+                shared.z.bytes + cell,
+                Element::pack(fmaf(low[0], gamma.x, beta.x), fmaf(low[1], gamma.x, beta.x)) & mask);
+            store_shared(
+                shared.z.bytes + cell + kPairPlaneBytes,
+                Element::pack(fmaf(high[0], gamma.y, beta.y), fmaf(high[1], gamma.y, beta.y)) &
+                    mask);
+        }
+    };
+    // `row`: the row's first pixel; `owned`: bits of the pixels to write; `finished`: the ring slot
+    // of du's row y.
+    const auto drain = [&](std::uint32_t row, unsigned owned, int finished, float2 rstd) {
+        const int cells = role.row * kPairRowBytes + role.cell<8>(0);
+        const int slot =
+            finished + role.row < kSlots ? finished + role.row : finished + role.row - kSlots;
+        const unsigned char* du_cells = shared.du + slot * kPairRowBytes + role.cell<4>(0);
+        const float scale[2] = {rstd.x, rstd.y};
+        float sum[2] = {0.f, 0.f}, sum_normal[2] = {0.f, 0.f};
+        Octet out[2];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            const auto gamma = load_shared<float2>(&shared.affine.gamma[role.half * 8 + 2 * k]);
+            float value[2][2];
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const int plane = (2 * k + c) * kPairPlaneBytes;
+                const auto dz = load_shared<std::uint32_t>(shared.z.bytes + cells + plane);
+                const auto normal = load_shared<std::uint32_t>(shared.normal.bytes + cells + plane);
+                std::uint32_t du = 0;
+                if (args.shortcut) du = load_shared<std::uint32_t>(du_cells + plane);
+                const float factor = c == 0 ? gamma.x : gamma.y;
+                const float a[2] = {Element::low(dz) * factor, Element::high(dz) * factor};
+                sum[0] += a[0], sum[1] += a[1];
+                sum_normal[0] = fmaf(a[0], Element::low(normal), sum_normal[0]);
+                sum_normal[1] = fmaf(a[1], Element::high(normal), sum_normal[1]);
+                value[0][c] = fmaf(a[0], scale[0], Element::low(du));
+                value[1][c] = fmaf(a[1], scale[1], Element::high(du));
+            }
+            out[0].pair[k] = Element::pack(value[0][0], value[0][1]);
+            out[1].pair[k] = Element::pack(value[1][0], value[1][1]);
+        }
+        // The two threads of a pair have 8 channels each; each gets the sums of one pixel.
+        const auto both = [&](const float (&part)[2]) {
+            const float own = role.half ? part[1] : part[0];
+            return own + __shfl_xor_sync(kFullWarp, role.half ? part[0] : part[1], 1);
+        };
+        const float2 sums = make_float2(both(sum), both(sum_normal));
+        std::uint32_t offset[2];
+        shared.offsets.load(offset, role);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const std::uint32_t pixel = row + offset[i];
+            if (!(owned >> i & 1)) continue;
+            if (pixels >> 4) {
+                store_octet<true>(at_pixel(args.p + octet0, pixel, row_bytes), out[i], 8);
+            }
+            if (role.half == i) {
+                store_global(args.row_sums +
+                                 static_cast<std::size_t>(channel_block) * args.pixel_count + pixel,
+                             sums);
+            }
+        }
+    };
+
+    shared.h.clear(thread);
+    shared.dv.clear(thread);
+    shared.u.clear(thread);
+    __syncthreads();  // parameters, offsets and zeros are in shared memory
+    fetch();
+    Ring<K> ring, sums;
+    FragmentC bias_sum, norm_sums;
+    const FragmentC zero = {0.f, 0.f, 0.f, 0.f};
+    begin<K>(ring, zero);
+    begin<K>(sums, zero);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) bias_sum[i] = norm_sums[i] = 0.f;
+    const int stages = warm_up + (item.end - item.first + kStageRows - 1) / kStageRows;
+    const auto wrap = [](int slot) { return slot < kSlots ? slot : slot - kSlots; };
+    int oldest = 0;  // ring slot of du's row y − R
+#pragma unroll 1
+    for (int stage = 0; stage < stages; ++stage) {
+        const bool finishes = stage >= warm_up;
+        float2 rstd = make_float2(0.f, 0.f);
+        async_copy_wait<0>();
+        __syncwarp();  // the statistics are those of two threads
+        fill_du(wrap(oldest + 2 * R));
+        if (finishes) fill_z(rstd);
+        const std::uint32_t row = walk.pixel;
+        const unsigned owned = present >> 2 & 3;
+        __syncthreads();
+        walk.advance(canvas, kStageRows);
+        own += kStageRows;
+        if (stage + 1 < stages) fetch();
+        if (finishes && args.dweight != nullptr) {
+            correlate_rows<Element, K>(sums, bias_sum, shared.z.bytes, shared.du, shared.masks,
+                                       oldest, channel, lane);
+            __syncwarp();  // all lanes have read the planes that dz is written over
+        }
+        FragmentB band[K];
+        load_band<K>(band, band_address<K>(shared.bands, channel, lane));
+        convolve_rows<Element, K>(ring, band, shared.du, shared.z.bytes, wrap(oldest + 2 * R),
+                                  channel, lane);
+        if (finishes) {
+            __syncwarp();
+            correlate_norm<Element>(norm_sums, shared.z.bytes, shared.normal.bytes, shared.masks,
+                                    channel, lane);
+        }
+        __syncthreads();
+        if (finishes && args.p != nullptr) drain(row, owned, wrap(oldest + R), rstd);
+        oldest = wrap(oldest + kStageRows);
+    }
+
+    // The diagonals
+    const std::size_t first = static_cast<std::size_t>(index) * args.C;
+    const bool writes = lane == 0 && channel0 + channel < args.C;
+    const float2 norm = diagonal_sums(norm_sums, lane);
+    if (writes) {
+        store_global(args.dnorm + 2 * first + channel0 + channel, norm.x);
+        store_global(args.dnorm + 2 * first + args.C + channel0 + channel, norm.y);
+    }
+    if (args.dweight == nullptr) return;
+    const float bias = diagonal_sums(bias_sum, lane).x;
+    if (writes) store_global(args.dbias + first + channel0 + channel, bias);
+    __syncthreads();  // the last drain has read the planes
+    const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int ky = 0; ky < K; ++ky) {
+        float (*q)[8] = shared.sums[channel * K + ky];
+        store_shared(&q[g][2 * t], make_float2(sums[ky][0], sums[ky][1]));
+        store_shared(&q[g + 8][2 * t], make_float2(sums[ky][2], sums[ky][3]));
+    }
+    __syncthreads();
+    for (int i = thread; i < kBlockChannels * K * K; i += kPairThreads) {
+        const int row = i / K, kx = i - row * K;
+        if (channel0 + i / (K * K) >= args.C) break;
+        const int j = kx + kLeadPixels - R;
+        float sum = 0.f;
+#pragma unroll
+        for (int n = 0; n < 8; ++n) sum += load_shared<float>(&shared.sums[row][j + n][n]);
+        store_global(args.dweight + (first + channel0) * K * K + i, sum);
+    }
+}
+
+}  // namespace convnest::cuda
