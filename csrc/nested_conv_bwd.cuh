@@ -51,18 +51,21 @@ struct NestedConvBwdArgs {
     int channel_blocks;
 };
 
-// Rows of du: the K + 3 that a stage's rows of z meet, and those that the drain still reads. Even,
-// since they are loaded in twos.
-template <int K>
-constexpr int kBackwardRows = K <= 5 ? 10 : 12;
+// Rows of du's ring: the K + 3 that a stage's rows of z meet, and the one more (R = 3) that the
+// drain still reads; whole stages, so that the rows that enter lie side by side.
+constexpr int kRingRows = 12;
+
+__device__ __forceinline__ int wrap_ring(int slot) {
+    return slot < kRingRows ? slot : slot - kRingRows;
+}
 
 template <int K>
 struct NestedConvBwdShared {
     union {
         struct {
-            PairPlanes z;                                        // lead 8; then dz
-            PairPlanes normal;                                   // lead 8: x̂
-            unsigned char du[kBackwardRows<K> * kPairRowBytes];  // lead 4
+            PairPlanes z;                                 // lead 8; then dz
+            PairPlanes normal;                            // lead 8: x̂
+            unsigned char du[kRingRows * kPairRowBytes];  // lead 4
         };
         float sums[kBlockChannels * K][16][8];  // at the end: Q
     };
@@ -74,7 +77,7 @@ struct NestedConvBwdShared {
     PairOffsets offsets;
 };
 // With 1 KB of the system's in the 164 KB of sm_80.
-static_assert(sizeof(NestedConvBwdShared<9>) <= 163 * 1024);
+static_assert(sizeof(NestedConvBwdShared<7>) <= 163 * 1024);
 
 // One channel's share of a stage of the weight gradient: 4 rows of z against the rows of du around
 // them, `oldest` being the ring slot of row −R. bias_sum gathers du of the 4 rows themselves.
@@ -83,14 +86,13 @@ __device__ __forceinline__ void correlate_rows(Ring<K>& sums, FragmentC& bias_su
                                                const unsigned char* z, const unsigned char* du,
                                                const PairMasks& masks, int oldest, int channel,
                                                int lane) {
-    constexpr int kSlots = kBackwardRows<K>, kRows = kStageRows + K - 1;
+    constexpr int kRows = kStageRows + K - 1;
     const unsigned char* windows = z + pair_window_transposed(channel, lane);
     const unsigned char* tiles = du + pair_tiles(channel, lane, 0);
     FragmentB gradient[kRows];
     const auto load = [&](int row) {  // and row + 1; row is even
-        const int slot = oldest + row < kSlots ? oldest + row : oldest + row - kSlots;
         std::uint32_t r[4];
-        load_matrices<true>(r, tiles + slot * kPairRowBytes);
+        load_matrices<true>(r, tiles + wrap_ring(oldest + row) * kPairRowBytes);
         gradient[row][0] = r[0], gradient[row][1] = r[1];
         gradient[row + 1][0] = r[2], gradient[row + 1][1] = r[3];
     };
@@ -118,16 +120,14 @@ template <class Element, int K>
 __device__ __forceinline__ void convolve_rows(Ring<K>& ring, const FragmentB (&band)[K],
                                               const unsigned char* du, unsigned char* dz,
                                               int entering, int channel, int lane) {
-    constexpr int kSlots = kBackwardRows<K>;
     const FragmentC zero = {0.f, 0.f, 0.f, 0.f};
-    const unsigned char* windows = du + pair_window(channel, lane);
+    const unsigned char* windows = du + entering * kPairRowBytes + pair_window(channel, lane);
     unsigned char* outputs = dz + pair_plane(channel) + 16 + lane * 4;
     const int g = lane >> 2, t = lane & 3;
 #pragma unroll
     for (int row = 0; row < kStageRows; ++row) {
-        const int slot = entering + row < kSlots ? entering + row : entering + row - kSlots;
         FragmentA window;
-        load_matrices<false>(window, windows + slot * kPairRowBytes);
+        load_matrices<false>(window, windows + row * kPairRowBytes);
         push_row<Element, K>(ring, window, band, zero);
         unsigned char* output = outputs + row * kPairRowBytes;
         store_shared(output, Element::pack(ring[0][0], ring[0][1]));
@@ -172,7 +172,7 @@ __device__ __forceinline__ float2 diagonal_sums(const FragmentC& c, int lane) {
 template <class Element, int K>
 __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(NestedConvBwdArgs args) {
     CONVNEST_SHARED_MEMORY(NestedConvBwdShared<K>, shared);
-    constexpr int R = K / 2, kSlots = kBackwardRows<K>;
+    constexpr int R = K / 2;
     const Canvas& canvas = args.canvas;
     const int thread = threadIdx.x, lane = thread % kWarpSize, channel = thread / kWarpSize;
     const int channel_block = blockIdx.x % args.channel_blocks;
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
     fill_bands<Element, K>(shared.bands, args.weight + channel0 * K * K, args.C - channel0, true,
                            thread);
     shared.affine.fill(args.ln_weight, args.ln_bias, channel0, args.C, thread);
-    constexpr int kPlaneVectors = (2 * kStageRows + kSlots) * kPairRowBytes / 16;
+    constexpr int kPlaneVectors = (2 * kStageRows + kRingRows) * kPairRowBytes / 16;
     for (int i = thread; i < kPlaneVectors; i += kPairThreads) {
         store_shared(shared.z.bytes + i * 16, make_uint4(0, 0, 0, 0));
     }
@@ -241,9 +241,8 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
         async_copy_commit();
     };
     const auto fill_du = [&](int entering) {
-        const int slot =
-            entering + role.row < kSlots ? entering + role.row : entering + role.row - kSlots;
-        unsigned char* cells = shared.du + slot * kPairRowBytes + role.cell<4>(0);
+        unsigned char* cells =
+            shared.du + (entering + role.row) * kPairRowBytes + role.template cell<4>(0);
         const std::uint32_t mask = pixel_mask(present, 0);
         Octet dv[2], u[2];
         shared.dv.take(dv, thread);
@@ -263,11 +262,11 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
                          Element::pack(high[0], high[1]) & mask);
         }
     };
-    const auto fill_z = [&](float2& rstd) {
+    const auto fill_z = [&] {
         const int cells = role.row * kPairRowBytes + role.cell<8>(0);
         const std::uint32_t mask = pixel_mask(present >> 2, 0);
-        const float2 mean = shared.statistics.load(0, role);
-        rstd = shared.statistics.load(1, role);
+        const float2 mean = shared.statistics.mean(role);
+        const float2 rstd = shared.statistics.keep_rstd(role);
         const float scale[2] = {rstd.x, rstd.y};
         const float shift[2] = {-mean.x * rstd.x, -mean.y * rstd.y};
         shared.masks.template store<Element>(role, mask);
@@ -298,11 +297,11 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
     };
     // `row`: the row's first pixel; `owned`: bits of the pixels to write; `finished`: the ring slot
     // of du's row y.
-    const auto drain = [&](std::uint32_t row, unsigned owned, int finished, float2 rstd) {
+    const auto drain = [&](std::uint32_t row, unsigned owned, int finished) {
         const int cells = role.row * kPairRowBytes + role.cell<8>(0);
-        const int slot =
-            finished + role.row < kSlots ? finished + role.row : finished + role.row - kSlots;
-        const unsigned char* du_cells = shared.du + slot * kPairRowBytes + role.cell<4>(0);
+        const unsigned char* du_cells =
+            shared.du + wrap_ring(finished + role.row) * kPairRowBytes + role.template cell<4>(0);
+        const float2 rstd = shared.statistics.kept_rstd(role);
         const float scale[2] = {rstd.x, rstd.y};
         float sum[2] = {0.f, 0.f}, sum_normal[2] = {0.f, 0.f};
         Octet out[2];
@@ -364,16 +363,14 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
 #pragma unroll
     for (int i = 0; i < 4; ++i) bias_sum[i] = norm_sums[i] = 0.f;
     const int stages = warm_up + (item.end - item.first + kStageRows - 1) / kStageRows;
-    const auto wrap = [](int slot) { return slot < kSlots ? slot : slot - kSlots; };
-    int oldest = 0;  // ring slot of du's row y − R
+    int entering = 0;  // ring slot of du's row y + R
 #pragma unroll 1
     for (int stage = 0; stage < stages; ++stage) {
         const bool finishes = stage >= warm_up;
-        float2 rstd = make_float2(0.f, 0.f);
         async_copy_wait<0>();
         __syncwarp();  // the statistics are those of two threads
-        fill_du(wrap(oldest + 2 * R));
-        if (finishes) fill_z(rstd);
+        fill_du(entering);
+        if (finishes) fill_z();
         const std::uint32_t row = walk.pixel;
         const unsigned owned = present >> 2 & 3;
         __syncthreads();
@@ -382,21 +379,20 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
         if (stage + 1 < stages) fetch();
         if (finishes && args.dweight != nullptr) {
             correlate_rows<Element, K>(sums, bias_sum, shared.z.bytes, shared.du, shared.masks,
-                                       oldest, channel, lane);
+                                       wrap_ring(entering + kRingRows - 2 * R), channel, lane);
             __syncwarp();  // all lanes have read the planes that dz is written over
         }
         FragmentB band[K];
         load_band<K>(band, band_address<K>(shared.bands, channel, lane));
-        convolve_rows<Element, K>(ring, band, shared.du, shared.z.bytes, wrap(oldest + 2 * R),
-                                  channel, lane);
+        convolve_rows<Element, K>(ring, band, shared.du, shared.z.bytes, entering, channel, lane);
         if (finishes) {
             __syncwarp();
             correlate_norm<Element>(norm_sums, shared.z.bytes, shared.normal.bytes, shared.masks,
                                     channel, lane);
         }
         __syncthreads();
-        if (finishes && args.p != nullptr) drain(row, owned, wrap(oldest + R), rstd);
-        oldest = wrap(oldest + kStageRows);
+        if (finishes && args.p != nullptr) drain(row, owned, wrap_ring(entering + kRingRows - R));
+        entering = wrap_ring(entering + kStageRows);
     }
 
     // The diagonals

@@ -6,7 +6,7 @@
 //     3  sum_partials_kernel        each parameter's gradient, in a fixed order
 //
 // Seven passes over wide tensors, and the row sums, 8 bytes for 16 channels of a pixel: a quarter
-// of a pass written and read. Instances: 1: 2 element types × kernel sizes 3, 5, 7, 9 = 8; 2: 2.
+// of a pass written and read. Instances: 1: 2 element types × kernel sizes 3, 5, 7 = 6; 2: 2.
 #include "nested_conv_bwd_fused.h"
 
 #include "common/conv_backward.cuh"
@@ -35,6 +35,16 @@ struct FusedPlan {
                                                         static_cast<std::size_t>(p.N) * p.H * p.W)),
           partials(workspace, p.C, kernel_size, canvas.items, canvas.items) {}
 };
+
+// Both rings of a 9×9, 72 registers of accumulators, leave too few for the rest: sm_80 spills.
+constexpr int kLargestFused = 7;
+
+template <class Function>
+void with_fused_size(int kernel_size, const Function& f) {
+    with_band_size(kernel_size, [&](auto K) {
+        if constexpr (K() <= kLargestFused) f(K);
+    });
+}
 
 template <class Element, int K>
 void launch(const NestedConvBwdParams& p, void* stream) {
@@ -91,9 +101,11 @@ void launch(const NestedConvBwdParams& p, void* stream) {
 }  // namespace
 
 bool fuses_nested_conv_bwd(int kernel_size, int shared_bytes) {
-    std::size_t needed = 0;
-    with_band_size(kernel_size, [&](auto K) { needed = sizeof(NestedConvBwdShared<K()>); });
-    return needed <= static_cast<std::size_t>(shared_bytes);
+    bool fits = false;
+    with_fused_size(kernel_size, [&](auto K) {
+        fits = sizeof(NestedConvBwdShared<K()>) <= static_cast<std::size_t>(shared_bytes);
+    });
+    return fits;
 }
 
 std::size_t nested_conv_bwd_fused_workspace_bytes(const NestedConvBwdParams& params,
@@ -103,7 +115,7 @@ std::size_t nested_conv_bwd_fused_workspace_bytes(const NestedConvBwdParams& par
 
 void launch_nested_conv_bwd_fused(const NestedConvBwdParams& params, int kernel_size,
                                   ElementType type, void* stream) {
-    with_band_size(kernel_size, [&](auto K) {
+    with_fused_size(kernel_size, [&](auto K) {
         type == ElementType::bfloat16 ? launch<BFloat16, K()>(params, stream)
                                       : launch<Float16, K()>(params, stream);
     });

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -112,6 +113,22 @@ CASES = [
 
 # Blocks of the weight gradient that take several items: only with so many channels
 MANY_ITEMS = Case((1, 1, 250, 4736))
+
+
+# What a block can have on sm_80 and newer data-centre chips, and on the rest: with the one backward
+# runs in two wide kernels, with the other in three.
+TWO_KERNELS, THREE_KERNELS = 163 * 1024, 99 * 1024
+
+
+@pytest.fixture(params=[TWO_KERNELS, THREE_KERNELS], ids=["two_kernels", "three_kernels"])
+def either_device(request: pytest.FixtureRequest) -> Iterator[int]:
+    with emulation.device(request.param):
+        yield request.param
+
+
+def takes_two_kernels(case: Case) -> bool:
+    sizes = case.kernel_size <= 7 and case.shape[-1] % 8 == 0
+    return sizes and case.dtype != torch.float32
 
 
 def arguments(case: Case) -> tuple[Tensor, ...]:
@@ -242,6 +259,18 @@ def test_forward(case):
     ids=str,
 )
 def test_backward(case):
+    check_backward(case)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.keep and takes_two_kernels(case)], ids=str
+)
+def test_backward_in_three_kernels(case):
+    with emulation.device(THREE_KERNELS):
+        check_backward(case)
+
+
+def check_backward(case):
     inputs = arguments(case)
     dv = torch.randn(case.shape).to(case.dtype)
     ours = backward(case, dv, forward(case, *inputs), inputs)
@@ -261,7 +290,7 @@ def test_backward(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_results_do_not_depend_on_the_order_of_threads_and_blocks(dtype):
+def test_results_do_not_depend_on_the_order_of_threads_and_blocks(dtype, either_device):
     case = Case((3, 20, 50, 40), dtype=dtype)
     inputs = arguments(case)
     dv = torch.randn(case.shape).to(case.dtype)
@@ -275,7 +304,7 @@ def test_results_do_not_depend_on_the_order_of_threads_and_blocks(dtype):
 
 
 @pytest.mark.parametrize("wanted", range(5))
-def test_a_gradient_that_nobody_needs_is_left_out(wanted):
+def test_a_gradient_that_nobody_needs_is_left_out(wanted, either_device):
     case = Case((2, 5, 6, 16))
     inputs = arguments(case)
     dv = torch.randn(case.shape).to(case.dtype)
@@ -292,9 +321,15 @@ def test_unaligned_views_take_the_scalar_path():
     h, *parameters = arguments(case)
     shifted = torch.empty(h.numel() + 1, dtype=h.dtype)[1:].view(h.shape).copy_(h)
     assert shifted.data_ptr() % 16 != 0
-    for mine, aligned in zip(
-        forward(case, shifted, *parameters), forward(case, h, *parameters), strict=True
-    ):
+    kept = forward(case, h, *parameters)
+    for mine, aligned in zip(forward(case, shifted, *parameters), kept, strict=True):
+        assert torch.equal(mine, aligned)
+    # Backward of an unaligned view runs in three kernels, also where two would fit.
+    dv = torch.randn(case.shape).to(case.dtype)
+    ours = backward(case, dv, kept, (shifted, *parameters))
+    with emulation.device(THREE_KERNELS):
+        three = backward(case, dv, kept, (h, *parameters))
+    for mine, aligned in zip(ours, three, strict=True):
         assert torch.equal(mine, aligned)
 
 
@@ -330,7 +365,9 @@ def test_every_barrier_of_forward_is_needed(shape):
     ],
     ids=str,
 )
-def test_every_barrier_of_backward_is_needed(case):
+def test_every_barrier_of_backward_is_needed(case, either_device):
+    if either_device == THREE_KERNELS and not takes_two_kernels(case):
+        pytest.skip("it runs in three kernels on every device")
     inputs = arguments(case)
     dv = torch.randn(case.shape).to(case.dtype)
     kept = forward(case, *inputs)
@@ -340,6 +377,41 @@ def test_every_barrier_of_backward_is_needed(case):
     for site in range(sites):
         with pytest.raises(emulation.Fault, match="race in shared memory|no thread wrote"):
             backward(case, dv, kept, inputs, skipped_barrier=site)
+
+
+def test_two_kernels_run_where_their_shared_memory_fits():
+    fuses = emulation.library().nested_conv_bwd_fuses
+    for size in (3, 5, 7):
+        assert fuses(size, TWO_KERNELS) and not fuses(size, THREE_KERNELS)
+    assert not fuses(9, 227 * 1024)
+
+
+@pytest.mark.parametrize("shortcut", [True, False])
+def test_two_kernels_keep_no_wide_tensor(shortcut):
+    """p lies where dh will: the workspace is the row sums and the parameters' partial sums."""
+    case = Case((4, 28, 28, 576), shortcut=shortcut)
+    N, H, W, C = case.shape
+    lib = emulation.library()
+    lib.nested_conv_bwd_workspace.restype = ctypes.c_size_t
+    params = BwdParams(N=N, H=H, W=W, C=C, shortcut=shortcut)
+
+    def workspace() -> int:
+        return lib.nested_conv_bwd_workspace(
+            ctypes.byref(params), 7, emulation.TYPES.index(case.dtype)
+        )
+
+    pass_bytes = 2 * math.prod(case.shape)
+    params.dh = 16
+    with emulation.device(TWO_KERNELS):
+        with_dh = workspace()
+        params.dh = None
+        row_sums = 8 * N * H * W * C // 16
+        assert with_dh - workspace() == row_sums
+        assert row_sums == pass_bytes // 4
+        items = (with_dh - row_sums) // (4 * C * (49 + 1 + 2))
+        assert (with_dh - row_sums) % (4 * C * (49 + 1 + 2)) == 0 and 1 <= items <= 32
+    with emulation.device(THREE_KERNELS):
+        assert workspace() > 2 * pass_bytes
 
 
 def test_kernel_size_without_a_kernel_is_refused():

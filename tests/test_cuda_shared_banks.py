@@ -1,7 +1,8 @@
 """Shared-memory accesses of the tensor-core kernels are free of bank conflicts: an address model.
 
 A wavefront serves 32 banks of 4 bytes; accesses of 8 bytes go by half-warps, of 16 by quarters.
-The addresses are those of csrc/common/planes.cuh, band.cuh and depthwise_wgrad.cuh.
+The addresses are those of csrc/common/planes.cuh, band.cuh, depthwise_wgrad.cuh and, at the end,
+of pair_planes.cuh, which nested_conv's backward in two wide kernels uses.
 """
 
 from __future__ import annotations
@@ -75,3 +76,54 @@ def test_band_loads(size):
 def test_thread_private_vectors():
     """The shortcut's ring and the staging: 16 bytes, neighbouring threads side by side."""
     assert wavefronts([lane * 16 for lane in range(32)], 16) == 4
+
+
+PAIR_PLANE = 17 * 16
+PAIR_HALF = 8 * PAIR_PLANE + 64
+PAIR_ROW = PAIR_HALF + 8 * PAIR_PLANE
+
+
+def pair_plane(channel: int) -> int:
+    return (channel >> 3) * PAIR_HALF + (channel & 7) * PAIR_PLANE
+
+
+@pytest.mark.parametrize("lead", [4, 8])
+@pytest.mark.parametrize("warp", range(16))
+def test_pairs_fill_and_drain(warp, lead):
+    threads = range(warp * 32, warp * 32 + 32)
+    roles = [(t & 1, t >> 1 & 63, t >> 7) for t in threads]  # half, pair, row
+    written = set()
+    for i in range(8):
+        cells = [
+            r * PAIR_ROW + o * PAIR_HALF + i * PAIR_PLANE + p * 4 + (lead - 4) * 2
+            for o, p, r in roles
+        ]
+        assert wavefronts(cells, 4) == 1
+        assert all(cell % PAIR_ROW < PAIR_ROW - 3 for cell in cells)
+        written.update(cells)
+    assert len(written) == 8 * 32
+    # The mask's two planes are not: 16 words of each overlap in 10 banks.
+    masks = [o * PAIR_PLANE + p * 4 + o * 8 for o, p, _ in roles]
+    assert wavefronts(masks, 4) == 2
+
+
+@pytest.mark.parametrize("channel", range(16))
+def test_matrix_loads_of_pair_planes(channel):
+    base = pair_plane(channel)
+    window = [base + ((n & 7) + (n >> 3 & 1) * 8 + (n >> 4)) * 16 for n in range(32)]
+    transposed = [base + ((n & 7) + (n >> 4) * 8 + (n >> 3 & 1)) * 16 for n in range(32)]
+    for addresses in (window, transposed):
+        assert wavefronts(addresses, 16) == 4
+        assert max(addresses) + 16 <= base + PAIR_PLANE
+    for first in (0, 1):  # leads of 4 and 8
+        tiles = [
+            (n >> 4) * PAIR_ROW + base + ((n & 7) + (n >> 3 & 1) * 8 + first) * 16
+            for n in range(32)
+        ]
+        assert wavefronts(tiles, 16) == 4
+        assert max(tiles) + 16 <= PAIR_ROW + base + PAIR_PLANE
+    masks = [
+        (n >> 4) * PAIR_PLANE + ((n & 7) + (n >> 3 & 1) * 8 + (n >> 4)) * 16 for n in range(32)
+    ]
+    assert wavefronts(masks, 16) == 4
+    assert wavefronts([base + 16 + n * 4 for n in range(32)], 4) == 1

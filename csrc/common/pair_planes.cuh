@@ -111,14 +111,24 @@ struct PairOffsets {
 // other rstd.
 struct PairStatistics {
     float2 pairs[2][kStageRows][kPairsOfRow];
+    float2 kept[kStageRows][kPairsOfRow];
 
     __device__ __forceinline__ void fetch(const PairRole& role, int i, const float* mean,
                                           const float* rstd, std::uint32_t pixel, bool exists) {
         float* pair = reinterpret_cast<float*>(&pairs[role.half][role.row][role.pair]);
         async_copy_float(pair + i, (role.half ? rstd : mean) + pixel, exists);
     }
-    __device__ __forceinline__ float2 load(int which, const PairRole& role) const {
-        return load_shared<float2>(&pairs[which][role.row][role.pair]);
+    __device__ __forceinline__ float2 mean(const PairRole& role) const {
+        return load_shared<float2>(&pairs[0][role.row][role.pair]);
+    }
+    // rstd, which the next stage's is not to overwrite before this one is drained.
+    __device__ __forceinline__ float2 keep_rstd(const PairRole& role) {
+        const auto rstd = load_shared<float2>(&pairs[1][role.row][role.pair]);
+        if (role.half == 0) store_shared(&kept[role.row][role.pair], rstd);
+        return rstd;
+    }
+    __device__ __forceinline__ float2 kept_rstd(const PairRole& role) const {
+        return load_shared<float2>(&kept[role.row][role.pair]);
     }
 };
 

@@ -101,6 +101,16 @@ def module() -> Any:
     return loaded
 
 
+@contextmanager
+def device(shared_bytes: int) -> Iterator[None]:
+    """Run on a device whose blocks can have so much shared memory (it is 227 KB otherwise)."""
+    library().emulation_device_shared_bytes(shared_bytes)
+    try:
+        yield
+    finally:
+        library().emulation_device_shared_bytes(0)
+
+
 def configure(seed: int = 0, skipped_barrier: int = -1, check_races: bool = True) -> None:
     """Set up the next run (see `run`), with no buffers declared."""
     library().emulation_configure(seed, skipped_barrier, int(check_races))

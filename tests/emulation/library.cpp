@@ -6,6 +6,8 @@
 #include "gelu_layernorm_cuda.h"
 #include "guarded.h"
 #include "nested_conv.cuh"
+#include "nested_conv_bwd.cuh"
+#include "nested_conv_bwd_fused.h"
 
 namespace {
 
@@ -31,12 +33,16 @@ void emulation_device_shared_bytes(int bytes) {
     emulation::device_shared_bytes = bytes > 0 ? bytes : emulation::kMaxSharedBytes;
 }
 
-// Of the forward, the input gradient and the weight gradient.
+int nested_conv_bwd_fuses(int kernel_size, int shared_bytes) {
+    return convnest::cuda::fuses_nested_conv_bwd(kernel_size, shared_bytes);
+}
+
+// Of the forward, the input gradient, the weight gradient, and the two in one.
 int shared_bytes_of_7x7(int kernel) {
     using namespace convnest::cuda;
-    const std::size_t bytes[] = {sizeof(NestedConvFwdShared<7>),
-                                 sizeof(DepthwiseShared<7, Source::gelu_gradient>),
-                                 sizeof(DepthwiseWgradShared<7>)};
+    const std::size_t bytes[] = {
+        sizeof(NestedConvFwdShared<7>), sizeof(DepthwiseShared<7, Source::gelu_gradient>),
+        sizeof(DepthwiseWgradShared<7>), sizeof(NestedConvBwdShared<7>)};
     return static_cast<int>(bytes[kernel]);
 }
 
