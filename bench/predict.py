@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import functools
 import math
+from collections.abc import Iterator
 
 from bench import sass
 
@@ -105,6 +107,12 @@ FMA_CONVOLUTIONS = [
 ]
 
 
+@functools.cache
+def compiled(source: str, arch: str) -> dict[str, sass.Kernel]:
+    """A source's kernels by their demangled names."""
+    return {kernel.name: kernel for kernel in sass.compile_kernels(sass.CSRC / source, arch)}
+
+
 def pipe(opcode: str) -> str:
     """The pipe that an instruction occupies, first order."""
     base = opcode.split(".")[0]
@@ -121,10 +129,10 @@ def pipe(opcode: str) -> str:
     return "fp32" if base == "IMAD" else "alu"
 
 
-def canvas_efficiency(
-    images: int, height: int, width: int, radius: int, wanted_items: int, halo_rows: int = 0
-) -> float:
-    """Outputs in 128 · rows of what the blocks march over; mirrors plan_canvas in canvas.cuh."""
+def canvas_items(
+    images: int, height: int, width: int, radius: int, wanted_items: int
+) -> Iterator[tuple[int, int]]:
+    """Rows of an item's outputs, and how many lie above it in its image; see canvas.cuh."""
     beside = min((124 + radius) // (width + radius), images) if width <= 124 else 1
     strips = 1 if width <= 124 else math.ceil(width / 120)
     down = math.ceil(images / beside)
@@ -138,15 +146,22 @@ def canvas_efficiency(
             chunk_images += 1
     part_rows = math.ceil(height / parts) if parts > 1 else chunk_images * pitch
     parts = math.ceil(height / part_rows) if parts > 1 else 1
-    marched = 0
     for top in range(0, down, chunk_images):
         bottom = min(top + chunk_images, down) * pitch - radius
         for offset in range(0, parts * part_rows, part_rows):
             first = top * pitch + offset
-            above = max(min(offset, radius), halo_rows)
-            rows = min(first + part_rows, bottom) + radius - first + above
-            marched += math.ceil(rows / 4) * 4
-    return images * height * width / (marched * strips * 128)
+            for _ in range(strips):
+                yield min(first + part_rows, bottom) - first, offset
+
+
+def canvas_efficiency(
+    images: int, height: int, width: int, radius: int, wanted_items: int, halo_rows: int = 0
+) -> float:
+    """Outputs in 128 · rows of what the blocks march over."""
+    marched = 0
+    for rows, above in canvas_items(images, height, width, radius, wanted_items):
+        marched += math.ceil((max(min(above, radius), halo_rows) + rows + radius) / 4) * 4
+    return images * height * width / (marched * 128)
 
 
 def predict(
@@ -205,6 +220,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"])
     options = parser.parse_args()
+    from bench import predict_backward
+
     mixes: dict[tuple[str, str], collections.Counter[str]] = {}
     print("# Predicted time of the CUDA convolutions\n")
     print("Made by `python -m bench.predict`; predictions, nothing here was run on a GPU.\n")
@@ -213,7 +230,7 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for source in dict.fromkeys(conv.source for conv in CONVOLUTIONS):
         for arch in options.arch:
-            kernels = {k.name: k for k in sass.compile_kernels(sass.CSRC / source, arch)}
+            kernels = compiled(source, arch)
             for conv in CONVOLUTIONS:
                 if conv.source != source or (conv.kernel, arch) in mixes:
                     continue
@@ -235,6 +252,7 @@ def main() -> None:
             mix = mixes[conv.kernel, chip.arch]
             cells = [share(predict(chip, conv, mix, size, C)) for _, size, C in STAGES]
             print(f"| {conv.label} | {chip.name} | " + " | ".join(cells) + " |")
+    predict_backward.report(options.arch)
     print("\n## float32, on the FMA units\n")
     print(
         "The product loop alone (the fill of shared memory comes on top), at every stage shape.\n"
@@ -242,7 +260,7 @@ def main() -> None:
     print("| kernel | chip | registers | instructions per output | share of DRAM's peak |")
     print("|---|---|---|---|---|")
     for arch in options.arch:
-        kernels = {k.name: k for k in sass.compile_kernels(sass.CSRC / FMA_SOURCE, arch)}
+        kernels = compiled(FMA_SOURCE, arch)
         for fma in FMA_CONVOLUTIONS:
             kernel = kernels[fma.kernel]
             products = 7 * KERNEL_SIZE**2 * fma.rows

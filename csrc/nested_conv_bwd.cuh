@@ -79,6 +79,13 @@ struct NestedConvBwdShared {
 // With 1 KB of the system's in the 164 KB of sm_80.
 static_assert(sizeof(NestedConvBwdShared<7>) <= 163 * 1024);
 
+// Stages before an item's first one: du's ring and dz's accumulators want the rows from R above the
+// first on (in a gap they are zeros already).
+template <int K>
+__host__ __device__ __forceinline__ int warm_up_stages(const Item& item) {
+    return (K / 2 + item.first - item.start + kStageRows - 1) / kStageRows;
+}
+
 // One channel's share of a stage of the weight gradient: 4 rows of z against the rows of du around
 // them, `oldest` being the ring slot of row −R. bias_sum gathers du of the 4 rows themselves.
 template <class Element, int K>
@@ -203,8 +210,7 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
                             (octet0 < args.C ? 1u << 4 : 0u);
     shared.offsets.store(quad, role);
 
-    // du's ring and dz's accumulators want the rows from R above the first one on, in whole stages.
-    const int warm_up = (R + item.first - item.start + kStageRows - 1) / kStageRows;
+    const int warm_up = warm_up_stages<K>(item);
     const int start = item.first - warm_up * kStageRows;
     item.top_y -= item.start - start;
     RowWalk<R> walk(canvas, item, role.row);  // of z

@@ -6,7 +6,7 @@ import ctypes
 
 import pytest
 
-from bench import predict
+from bench import predict, predict_backward
 from tests import emulation
 
 
@@ -22,6 +22,12 @@ def test_canvas_efficiency_mirrors_the_launches(shape, wanted, halo_rows):
     mine = predict.canvas_efficiency(*shape, 3, wanted, halo_rows)
     assert mine == pytest.approx(of_the_core(*shape, 3, wanted, halo_rows), rel=1e-12)
     assert 0 < mine <= 1
+    if halo_rows == 0:
+        of_the_core = emulation.library().fused_efficiency
+        of_the_core.restype = ctypes.c_double
+        mine = predict_backward.fused_efficiency(*shape, 3, wanted)
+        assert mine == pytest.approx(of_the_core(*shape, wanted), rel=1e-12)
+        assert 0 < mine <= 1
 
 
 def test_pipes_of_an_instruction_mix():

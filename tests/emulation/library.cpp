@@ -40,9 +40,9 @@ int nested_conv_bwd_fuses(int kernel_size, int shared_bytes) {
 // Of the forward, the input gradient, the weight gradient, and the two in one.
 int shared_bytes_of_7x7(int kernel) {
     using namespace convnest::cuda;
-    const std::size_t bytes[] = {
-        sizeof(NestedConvFwdShared<7>), sizeof(DepthwiseShared<7, Source::gelu_gradient>),
-        sizeof(DepthwiseWgradShared<7>), sizeof(NestedConvBwdShared<7>)};
+    const std::size_t bytes[] = {sizeof(NestedConvFwdShared<7>),
+                                 sizeof(DepthwiseShared<7, Source::gelu_gradient>),
+                                 sizeof(DepthwiseWgradShared<7>), sizeof(NestedConvBwdShared<7>)};
     return static_cast<int>(bytes[kernel]);
 }
 
@@ -58,6 +58,19 @@ double canvas_efficiency(int images, int height, int width, int radius, int want
         rows += ceil_div(item.end + radius - start, kStageRows) * kStageRows;
     }
     return static_cast<double>(images) * height * width / (128.0 * static_cast<double>(rows));
+}
+
+// The same of nested_conv_bwd_kernel at 7×7, in whole stages.
+double fused_efficiency(int images, int height, int width, int wanted_items) {
+    using namespace convnest::cuda;
+    const Canvas canvas = plan_canvas(images, height, width, 3, wanted_items);
+    std::int64_t stages = 0;
+    for (int i = 0; i < canvas.items; ++i) {
+        const Item item = item_of(canvas, i);
+        stages += warm_up_stages<7>(item) + ceil_div(item.end - item.first, kStageRows);
+    }
+    return static_cast<double>(images) * height * width /
+           (128.0 * kStageRows * static_cast<double>(stages));
 }
 
 int emulation_barrier_sites() { return static_cast<int>(emulation::machine.barrier_sites.size()); }
