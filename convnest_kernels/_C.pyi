@@ -245,7 +245,17 @@ class _Cuda:
         stream: int,
     ) -> None: ...
     def nested_conv_backward_workspace(
-        self, N: int, H: int, W: int, C: int, K: int, dtype: int
+        self,
+        dv: int,
+        h: int,
+        u: int,
+        dh: int,
+        N: int,
+        H: int,
+        W: int,
+        C: int,
+        K: int,
+        dtype: int,
     ) -> int: ...
     def nested_conv_backward(
         self,
