@@ -55,7 +55,7 @@ def add_arguments(found: argparse.ArgumentParser) -> None:
     add("--minutes", type=float, help="stop after; cells left out are listed (15 with --full)")
     add("--full", action="store_true", help="the set whose results are committed, and doctor")
     add("--plan", action="store_true", help="list the cells and the minutes expected, and end")
-    add("--prepare", action="store_true", help="compile and check alone, for a later, faster run")
+    add("--prepare", action="store_true", help="compile only, for a later, faster run")
     add("--redo", action="store_true", help="take cells anew that the folder has")
     add("--out", type=Path, help="results folder (bench/results/<machine>)")
     add("--json", action="store_true", help="print the records as JSON")
@@ -138,14 +138,16 @@ def _print_plan(missing: list[Planned], count: int) -> None:
 
 
 def _prepare(missing: list[Planned], args: argparse.Namespace) -> int:
-    """Compile and check everything, time nothing: compilers keep what they made on disk."""
-    refused = False
+    """Compile alone: torch's compilers keep what they made on disk."""
+    failed = False
     for number, planned in enumerate(missing, 1):
+        compiled = [name for name in planned.peers if contenders.CONTENDERS[name].compiles]
         print(f"[{number}/{len(missing)}] {planned.cell.title}", file=sys.stderr, flush=True)
-        record = _measure(planned, args, None, math.inf, samples=0)
+        alone = dataclasses.replace(planned, peers=compiled, left_out={})
+        record = _measure(alone, args, None, math.inf, samples=0)
         assert record is not None
-        refused |= "failed" in record or _is_refused(record)
-    return int(refused)
+        failed |= "failed" in record
+    return int(failed)
 
 
 def _folder_name(args: argparse.Namespace) -> str:

@@ -33,6 +33,7 @@ class Contender:
     ours: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
     by_default: bool = True
+    compiles: bool = False  # and its compiler keeps what it made on disk
 
 
 def _ours(backend: str) -> Callable[[Work], Prepared]:
@@ -118,19 +119,24 @@ CONTENDERS = {
         Contender("eager-nchw", _eager("nchw")),
         Contender("cudnn-depthwise", _depthwise_by("cudnn"), devices=GPU),
         Contender("native-depthwise", _depthwise_by("native"), devices=GPU),
-        Contender("compile-nhwc", _compiled("nhwc")),
-        Contender("compile-nchw", _compiled("nchw")),
+        Contender("compile-nhwc", _compiled("nhwc"), compiles=True),
+        Contender("compile-nchw", _compiled("nchw"), compiles=True),
         # It compiles for minutes on a GPU. On a CPU it tunes the products of linear layers, which
         # only the NHWC form has.
-        Contender("compile-max-autotune", _compiled("nhwc", "max-autotune"), by_default=False),
+        Contender(
+            "compile-max-autotune",
+            _compiled("nhwc", "max-autotune"),
+            by_default=False,
+            compiles=True,
+        ),
         Contender("onnxruntime", runtimes.onnxruntime, devices=CPU),
         Contender("openvino", runtimes.openvino, devices=CPU),
         Contender("timm-half", convnext.timm_half),
         Contender("large-kernel-extension", convnext.large_kernel_half, devices=GPU),
         Contender("convnext-eager", convnext.network("convnext", compiled=False)),
-        Contender("convnext-compile", convnext.network("convnext", compiled=True)),
+        Contender("convnext-compile", convnext.network("convnext", compiled=True), compiles=True),
         # Last to be prepared: its import changes what torch.compile does.
-        Contender("zentorch", _zentorch, devices=CPU),
+        Contender("zentorch", _zentorch, devices=CPU, compiles=True),
     )
 }
 

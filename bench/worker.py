@@ -38,7 +38,7 @@ def measure(
 
     Returns the record: the cell, its cost and floor, and by contender its times and memory, or
     "skipped" or "refused" with the reason. A refused contender of ours fails the run. With no
-    samples wanted, all is done but timing: the compilers' caches are then filled.
+    samples wanted, each one runs once, which fills the compilers' caches.
     """
     begun = time.perf_counter()
     torch.set_num_threads(cell.threads)
@@ -54,7 +54,8 @@ def measure(
         "checked": f"{len(work.checked)} of {cell.batch} images against float64",
         "contenders": {},
     }
-    checker.truth()
+    if wanted:
+        checker.truth()
     ready: dict[str, Prepared] = {}
     for name in peers:
         started = time.perf_counter()
@@ -64,7 +65,10 @@ def measure(
             with nullcontext() if ours or not wanted else _at_most(PREPARE_SECONDS):
                 prepared = CONTENDERS[name].prepare(work)
                 with prepared.scope():
-                    found["error"] = _check(prepared, checker, work, ours)
+                    if wanted:
+                        found["error"] = _check(prepared, checker, work, ours)
+                    else:
+                        prepared.results()
             ready[name] = prepared
         except SkipError as reason:
             found["skipped"] = str(reason)
@@ -76,7 +80,7 @@ def measure(
             state = "refused" if ours else "skipped"
             found[state] = f"{type(error).__name__}: {text.splitlines()[0][:160]}"
         found["prepared_in"] = round(time.perf_counter() - started, 2)
-        tell(f"  {name}: {found.get('skipped') or found.get('refused') or 'checked'}")
+        tell(f"  {name}: {found.get('skipped') or found.get('refused') or 'ready'}")
     if not wanted:
         return record
     calls = {name: _call(prepared, cell) for name, prepared in ready.items()}
