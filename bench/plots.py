@@ -138,7 +138,7 @@ def roofline(pyplot: Any, results: dict[str, Any]) -> Any:
     if "copy" in limits:
         peak, levels = limits["float32"], [("copy", limits["copy"])]
     else:
-        peak = limits["float32_flops"] * pairs[0][0].threads
+        peak = limits["float32_flops"]
         sizes = [report.size_name(size) for size, _ in limits["bandwidths"]]
         levels = list(zip(sizes, (rate for _, rate in limits["bandwidths"]), strict=True))
     intensities = [0.25 * 2 ** (i / 8) for i in range(100)]

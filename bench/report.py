@@ -13,7 +13,7 @@ from bench.timing import WANTED_SAMPLES
 PREDICTED = Path(__file__).parent / "results" / "cuda_predicted.md"
 HEAD = [
     "contender", "ms", "p20 to p80", "samples", "speed-up", "of floor", "kept MB", "peak MB",
-    "resident MB", "faults",
+    "RSS MB", "faults",
 ]  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def print_table(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, width=max(Console().width, 100))
+    console = Console(highlight=False, width=max(Console().width, 126))
     for cell, record in ordered(results):
         table = Table(title=cell.title, title_justify="left", title_style="bold")
         for i, column in enumerate(HEAD):
@@ -138,7 +138,7 @@ def markdown(results: dict[str, Any]) -> str:
         "run. The floor is the arithmetic (linear layers, taps inside the image, erf GELUs) at the "
         "measured rates, or the bytes at the measured bandwidth if that is more; training counts "
         "three times the arithmetic. Kept: for backward. Peak: of torch's own allocations during a "
-        "call, without a kernel's own workspace; resident: what the process gained in a call. "
+        "call, without a kernel's own workspace; RSS: what the process gained in a call. "
         "Faults: page faults a call. "
         f"Where a line has fewer than {WANTED_SAMPLES} samples, its time was up. Checked against "
         "float64 before a time was taken: blocks and operators up to 8 images in full, of larger "
