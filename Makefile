@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # The second environment: another torch, and the libraries that use this one.
 ZOO ?= torch==2.14.1 torchvision==0.29.1 timm==1.0.31 transformers==5.24.0
 ZOO_VENV := .venv-zoo
-ZOO_TESTS ?= tests/test_recipes.py tests/zoo tests/test_accelerate.py
+ZOO_TESTS ?= $(wildcard tests/test_recipes*.py) tests/zoo tests/test_accelerate.py
 
 .PHONY: demo test test-all test-zoo test-package lint format wheel clean
 
