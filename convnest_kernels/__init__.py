@@ -4,17 +4,18 @@ ops          the operators (torch.autograd.Function over registered convnest::* 
 NestedBlock  a drop-in ConvNeSt block over them
 models       the 14 ConvNeSt models
 accelerate   the operators inside the ConvNeXt models of timm, torchvision and transformers
+layers       the same for Hugging Face's `kernels`
 reference    every formula in plain PyTorch
 """
 
 from __future__ import annotations
 
-from convnest_kernels import models, ops, reference
-from convnest_kernels._version import __version__
-from convnest_kernels.adopt import accelerate
-from convnest_kernels.backends import BackendError, use_backend
-from convnest_kernels.explanation import explain
-from convnest_kernels.modules import NestedBlock
+from . import layers, models, ops, reference
+from ._version import __version__
+from .adopt import accelerate
+from .backends import BackendError, use_backend
+from .explanation import explain
+from .modules import NestedBlock
 
 __all__ = [
     "BackendError",
@@ -22,6 +23,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "explain",
+    "layers",
     "models",
     "ops",
     "reference",

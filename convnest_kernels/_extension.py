@@ -19,7 +19,7 @@ _THREAD_POOL_SYMBOLS = ("torch_parallel_for", "torch_get_num_threads")
 
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
-        from convnest_kernels import _C
+        from . import _C
     except ImportError as error:
         return None, f"the native module convnest_kernels._C could not be imported ({error})"
     return _C, None

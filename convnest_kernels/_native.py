@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from convnest_kernels.reference.common import accumulate_dtype
+from .reference.common import accumulate_dtype
 
 
 def parameter(p: Tensor | None, x: Tensor) -> Tensor | None:

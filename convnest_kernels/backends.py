@@ -46,7 +46,7 @@ _requested: str = os.environ.get("CONVNEST_BACKEND") or "auto"
 
 
 def _package(name: str) -> ModuleType:
-    return importlib.import_module(f"convnest_kernels.{_PACKAGES.get(name, name)}")
+    return importlib.import_module(f".{_PACKAGES.get(name, name)}", __package__)
 
 
 def check_name(name: str, source: str = "backend") -> str:
@@ -114,7 +114,7 @@ def select(call: Call, requested: str) -> str:
 
 @functools.cache
 def _stem(name: str, operator: str) -> ModuleType:
-    return importlib.import_module(f"convnest_kernels.{_PACKAGES.get(name, name)}.{operator}")
+    return importlib.import_module(f".{_PACKAGES.get(name, name)}.{operator}", __package__)
 
 
 def implementation(call: Call, requested: str) -> ModuleType:

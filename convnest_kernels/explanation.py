@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from convnest_kernels import ops
-from convnest_kernels.backends import Call, Explanation, explain_call
+from . import ops
+from .backends import Call, Explanation, explain_call
 
 # What checks a public function's arguments and describes the call to the backends.
 _DESCRIBE: dict[Callable[..., Any], Callable[..., Call]] = {

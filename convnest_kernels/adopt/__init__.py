@@ -8,7 +8,7 @@ matmul.py       float32 linear layers by the faster of the two libraries that to
 report.py       what `accelerate` returns
 """
 
-from convnest_kernels.adopt.accelerate import AccelerateError, accelerate
-from convnest_kernels.adopt.report import Layer, Report, Skipped
+from .accelerate import AccelerateError, accelerate
+from .report import Layer, Report, Skipped
 
 __all__ = ["AccelerateError", "Layer", "Report", "Skipped", "accelerate"]

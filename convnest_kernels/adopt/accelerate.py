@@ -8,13 +8,13 @@ import torch
 import torch.fx
 from torch import nn
 
-from convnest_kernels import backends
-from convnest_kernels.adopt import fused
-from convnest_kernels.adopt.families import Family, family_of
-from convnest_kernels.adopt.fused import FusedBlock, State
-from convnest_kernels.adopt.report import Layer, Report, Skipped, call_of
-from convnest_kernels.backends import BackendError, explain_call
-from convnest_kernels.modules import NestedBlock
+from .. import backends
+from ..backends import BackendError, explain_call
+from ..modules import NestedBlock
+from . import fused
+from .families import Family, family_of
+from .fused import FusedBlock, State
+from .report import Layer, Report, Skipped, call_of
 
 _OPERATOR = "dwconv_gelu_layernorm"
 _COVERS = "convolution + norm, linear + GELU + linear"

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from convnest_kernels import ops
-from convnest_kernels.adopt.families import FAMILIES, Family, Parts
-from convnest_kernels.adopt.gelu_linear import gelu_linear
-from convnest_kernels.adopt.matmul import differentiable_linear
-from convnest_kernels.ops import _contract
-from convnest_kernels.reference import common
+from .. import ops
+from ..ops import _contract
+from ..reference import common
+from .families import FAMILIES, Family, Parts
+from .gelu_linear import gelu_linear
+from .matmul import differentiable_linear
 
 KERNEL_SIZES = (3, 5, 7, 9, 11, 13)
-_KIND = {family.kind: family for family in FAMILIES}
+FAMILY = {family.kind: family for family in FAMILIES}
 _GELUS = {
     ("torch.nn.modules.activation", "GELU"),
     ("timm.layers.activations", "GELU"),
@@ -50,26 +50,8 @@ class FusedBlock(nn.Module):
         state = self.convnest
         if state is None or len(args) != 1 or kwargs:
             return super().forward(*args, **kwargs)
-        family = _KIND[state.kind]
-        (x,) = args
-        parts = family.parts(self)
-        traced = isinstance(x, torch.fx.Proxy)
-        if not _can_run(family, parts, self, x, traced):
-            return super().forward(x)
-        z = conv_norm(
-            x,
-            parts.conv.weight,
-            parts.conv.bias,
-            parts.norm.weight,
-            parts.norm.bias,
-            parts.norm.eps,
-            state.backend,
-        )
-        if not traced and _gelu_linear_is_plain(parts):
-            t = gelu_linear(_first_linear(parts.fc1, z), parts.fc2.weight, parts.fc2.bias)
-        else:
-            t = family.pointwise(self, z)
-        return family.join(self, t, x)
+        y = run(FAMILY[state.kind], self, args[0], state.backend)
+        return super().forward(*args) if y is None else y
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The type is made at run time: a pickle holds the library's class in its place.
@@ -113,6 +95,28 @@ def put_back(block: nn.Module) -> None:
     else:
         # FSDP2 put a class of its own in front since: ours stays below it and passes through.
         block.convnest = None  # type: ignore[assignment]
+
+
+def run(family: Family, block: nn.Module, x: Any, backend: str | None) -> Any:
+    """The block over our operators; None where that is not the library's computation, now."""
+    parts = family.parts(block)
+    traced = isinstance(x, torch.fx.Proxy)
+    if not _can_run(family, parts, block, x, traced):
+        return None
+    z = conv_norm(
+        x,
+        parts.conv.weight,
+        parts.conv.bias,
+        parts.norm.weight,
+        parts.norm.bias,
+        parts.norm.eps,
+        backend,
+    )
+    if not traced and _gelu_linear_is_plain(parts):
+        t = gelu_linear(_first_linear(parts.fc1, z), parts.fc2.weight, parts.fc2.bias)
+    else:
+        t = family.pointwise(block, z)
+    return family.join(block, t, x)
 
 
 def conv_norm(

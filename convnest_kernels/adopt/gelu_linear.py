@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convnest_kernels.adopt import matmul
-from convnest_kernels.ops import _contract
-from convnest_kernels.reference import common
+from ..ops import _contract
+from ..reference import common
+from . import matmul
 
 
 def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convnest_kernels.ops import _contract
-from convnest_kernels.reference import common
+from ..ops import _contract
+from ..reference import common
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

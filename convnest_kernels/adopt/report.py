@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from convnest_kernels.backends import Call, Explanation, explain_call
+from ..backends import Call, Explanation, explain_call
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from convnest_kernels import _extension
-from convnest_kernels.backends import Call
+from .. import _extension
+from ..backends import Call
 
 name = "cpu"
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from convnest_kernels.cpu._host import _C, DTYPE_CODES, address, parameter
+from ._host import _C, DTYPE_CODES, address, parameter
 
 
 class _Entry(NamedTuple):

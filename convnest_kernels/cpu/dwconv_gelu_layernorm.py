@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from convnest_kernels.cpu._host import (
+from ._host import (
     _C,
     DTYPE_CODES,
     address,

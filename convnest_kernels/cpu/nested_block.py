@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from convnest_kernels.cpu._host import (
+from ._host import (
     _C,
     DTYPE_CODES,
     address,
@@ -14,7 +14,7 @@ from convnest_kernels.cpu._host import (
     new_output,
     parameter,
 )
-from convnest_kernels.cpu._packed import packed_weights
+from ._packed import packed_weights
 
 # Of the parameters, in the operator's order: the weights that are packed, and what backward does
 # not read.

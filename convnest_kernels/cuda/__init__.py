@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
-from convnest_kernels import _extension
-from convnest_kernels.backends import Call
-from convnest_kernels.cuda import _host
+from .. import _extension
+from ..backends import Call
+from . import _host
 
 name = "cuda"
 

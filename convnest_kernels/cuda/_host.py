@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from convnest_kernels import _extension
-from convnest_kernels._native import address, new_gradient, new_output, parameter
-from convnest_kernels.reference.common import new_statistics
+from .. import _extension
+from .._native import address, new_gradient, new_output, parameter
+from ..reference.common import new_statistics
 
 __all__ = [
     "core",

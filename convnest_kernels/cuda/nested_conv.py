@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from convnest_kernels.cuda._host import (
+from ._host import (
     launch,
     new_gradient,
     new_output,

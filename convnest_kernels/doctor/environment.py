@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 import platform
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from convnest_kernels import __version__, _extension, backends
@@ -31,13 +31,21 @@ def versions() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
-        "numpy": np.__version__,
+        "numpy": _numpy(),
         "triton": triton,
         "triton_error": triton_error,
         "platform": platform.platform(),
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "problems": _problems(),
     }
+
+
+def _numpy() -> str | None:
+    """Its version where it is installed: `train` needs it, the operators do not."""
+    try:
+        return importlib.metadata.version("numpy")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _triton() -> tuple[str | None, str | None]:
@@ -60,7 +68,7 @@ def show_versions(found: dict[str, Any]) -> list[str]:
     triton = found["triton"] or f"none ({found['triton_error']})"
     return [
         f"convnest_kernels {found['convnest_kernels']}, Python {found['python']}, "
-        f"torch {found['torch']}, numpy {found['numpy']}, triton {triton}",
+        f"torch {found['torch']}, numpy {found['numpy'] or 'none'}, triton {triton}",
         found["platform"],
         *(f"{name}={value}" for name, value in found["variables"].items()),
         *(f"PROBLEM: {problem}" for problem in found["problems"]),

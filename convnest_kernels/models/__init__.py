@@ -1,9 +1,9 @@
 """The ConvNeSt models: seven hierarchical and seven isotropic ones, from one table."""
 
-from convnest_kernels.models.convnest import ConvNeSt
-from convnest_kernels.models.features import FeatureInfo
-from convnest_kernels.models.parameter_groups import parameter_groups
-from convnest_kernels.models.variants import (
+from .convnest import ConvNeSt
+from .features import FeatureInfo
+from .parameter_groups import parameter_groups
+from .variants import (
     EXPANSION_ABLATION,
     VARIANTS,
     create_model,

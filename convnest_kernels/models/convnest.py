@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convnest_kernels.models.features import FeatureInfo
-from convnest_kernels.modules import LayerNorm2d, NestedBlock
+from ..modules import LayerNorm2d, NestedBlock
+from .features import FeatureInfo
 
 # What an isotropic model, which has one stage, gives as feature maps: after each quarter.
 _MAPS_OF_ONE_STAGE = 4

@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 from typing import Any
 
-from convnest_kernels.models.convnest import ConvNeSt
+from .convnest import ConvNeSt
 
 
 def _hierarchical(width: int, *depths: int) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from convnest_kernels import backends, ops
-from convnest_kernels.modules import _arguments
-from convnest_kernels.reference.common import depthwise_conv, layer_norm, linear
+from .. import backends, ops
+from ..reference.common import depthwise_conv, layer_norm, linear
+from . import _arguments
 
 
 class NestedBlock(nn.Module):

@@ -9,11 +9,11 @@ nested_block             the whole ConvNeSt block
 
 from __future__ import annotations
 
-from convnest_kernels.ops.dwconv_gelu_layernorm import dwconv_gelu_layernorm
-from convnest_kernels.ops.gelu_layernorm import gelu_layernorm
-from convnest_kernels.ops.layernorm_residual import layernorm_residual
-from convnest_kernels.ops.nested_block import nested_block
-from convnest_kernels.ops.nested_conv import nested_conv
+from .dwconv_gelu_layernorm import dwconv_gelu_layernorm
+from .gelu_layernorm import gelu_layernorm
+from .layernorm_residual import layernorm_residual
+from .nested_block import nested_block
+from .nested_conv import nested_conv
 
 __all__ = [
     "dwconv_gelu_layernorm",

@@ -17,21 +17,26 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import flop_counter
 
-from convnest_kernels import backends
-from convnest_kernels.backends import BackendError, Call
-from convnest_kernels.reference import common
+from .. import backends
+from ..backends import BackendError, Call
+from ..reference import common
 
-LIBRARY = torch.library.Library("convnest", "DEF")
+# A copy that Hugging Face's `kernels` loads goes by a module name of its own (docs/adoption.md),
+# and so do its operators: it lives beside an installed package, and beside other copies.
+_MODULE = __name__.partition(".")[0]
+NAMESPACE = "convnest" if _MODULE == "convnest_kernels" else _MODULE
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+registered = getattr(torch.ops, NAMESPACE)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Define `convnest::<schema>`: its fake, and the kernel for every device (it selects)."""
+    """Define `<namespace>::<schema>`: its fake, and the kernel for every device (it selects)."""
     name = schema[: schema.index("(")]
     LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"convnest::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
 
 
 def register_conv_flops(operator: str) -> None:
@@ -40,10 +45,10 @@ def register_conv_flops(operator: str) -> None:
     Two operations a tap; backward has two convolutions, of the input and of the weight. GELU and
     LayerNorm count nothing, as PyTorch counts them.
     """
-    flop_counter.register_flop_formula(getattr(torch.ops.convnest, f"{operator}_forward"))(
+    flop_counter.register_flop_formula(getattr(registered, f"{operator}_forward"))(
         lambda x, weight, *_, **__: _conv_flops(x, weight)
     )
-    flop_counter.register_flop_formula(getattr(torch.ops.convnest, f"{operator}_backward"))(
+    flop_counter.register_flop_formula(getattr(registered, f"{operator}_backward"))(
         lambda dy, x, kept, mean, rstd, weight, *_, **__: 2 * _conv_flops(x, weight)
     )
 

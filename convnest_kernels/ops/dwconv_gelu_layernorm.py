@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convnest_kernels import backends
-from convnest_kernels.backends import Call
-from convnest_kernels.ops import _contract
-from convnest_kernels.reference.dwconv_gelu_layernorm import (
+from .. import backends
+from ..backends import Call
+from ..reference.dwconv_gelu_layernorm import (
     dwconv_gelu_layernorm as eager_dwconv_gelu_layernorm,
 )
+from . import _contract
 
 ACTIVATIONS = ("gelu", "none")
 
@@ -67,7 +67,7 @@ def dwconv_gelu_layernorm(
             ).contiguous()
     if _contract.wants_gradients(*inputs):
         return _DwconvGeluLayernorm.apply(*inputs, eps, activation, norm_first, backend)
-    return torch.ops.convnest.dwconv_gelu_layernorm_forward(
+    return _contract.registered.dwconv_gelu_layernorm_forward(
         *inputs, eps, activation, norm_first, False, backend
     )[0]
 
@@ -108,7 +108,7 @@ class _DwconvGeluLayernorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *inputs, eps, activation, norm_first, backend = args
-        y, c, mean, rstd = torch.ops.convnest.dwconv_gelu_layernorm_forward(
+        y, c, mean, rstd = _contract.registered.dwconv_gelu_layernorm_forward(
             *inputs, eps, activation, norm_first, True, backend
         )
         ctx.save_for_backward(*inputs, c, mean, rstd)
@@ -132,7 +132,7 @@ class _DwconvGeluLayernorm(torch.autograd.Function):
             )
         else:
             x, *parameters = inputs
-            grads = torch.ops.convnest.dwconv_gelu_layernorm_backward(
+            grads = _contract.registered.dwconv_gelu_layernorm_backward(
                 dy, x, c, mean, rstd, *parameters, eps, activation, norm_first, needs, backend
             )
             grads = _contract.needed(grads, needs)

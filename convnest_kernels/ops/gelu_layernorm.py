@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convnest_kernels import backends
-from convnest_kernels.backends import Call
-from convnest_kernels.ops import _contract
-from convnest_kernels.reference import common
-from convnest_kernels.reference.gelu_layernorm import gelu_layernorm as eager_gelu_layernorm
+from .. import backends
+from ..backends import Call
+from ..reference import common
+from ..reference.gelu_layernorm import gelu_layernorm as eager_gelu_layernorm
+from . import _contract
 
 
 def gelu_layernorm(
@@ -55,7 +55,7 @@ def gelu_layernorm(
             return eager_gelu_layernorm(*inputs, eps=eps, norm_first=norm_first).contiguous()
     if _contract.wants_gradients(*inputs):
         return _GeluLayernorm.apply(*inputs, eps, norm_first, backend)
-    return torch.ops.convnest.gelu_layernorm_forward(*inputs, eps, norm_first, False, backend)[0]
+    return _contract.registered.gelu_layernorm_forward(*inputs, eps, norm_first, False, backend)[0]
 
 
 def describe(
@@ -85,7 +85,7 @@ class _GeluLayernorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *inputs, eps, norm_first, backend = args
-        y, mean, rstd = torch.ops.convnest.gelu_layernorm_forward(
+        y, mean, rstd = _contract.registered.gelu_layernorm_forward(
             *inputs, eps, norm_first, True, backend
         )
         ctx.save_for_backward(*inputs, mean, rstd)
@@ -103,7 +103,7 @@ class _GeluLayernorm(torch.autograd.Function):
             )
         else:
             x, *parameters = inputs
-            grads = torch.ops.convnest.gelu_layernorm_backward(
+            grads = _contract.registered.gelu_layernorm_backward(
                 dy, x, mean, rstd, *parameters, eps, norm_first, needs, backend
             )
             grads = _contract.needed(grads, needs)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convnest_kernels import backends
-from convnest_kernels.backends import Call
-from convnest_kernels.ops import _contract
-from convnest_kernels.reference import common
-from convnest_kernels.reference.layernorm_residual import (
+from .. import backends
+from ..backends import Call
+from ..reference import common
+from ..reference.layernorm_residual import (
     layernorm_residual as eager_layernorm_residual,
 )
+from . import _contract
 
 
 def layernorm_residual(
@@ -59,7 +59,7 @@ def layernorm_residual(
             return eager_layernorm_residual(*inputs, eps=eps).contiguous()
     if _contract.wants_gradients(*inputs):
         return _LayernormResidual.apply(*inputs, eps, backend)
-    return torch.ops.convnest.layernorm_residual_forward(*inputs, eps, False, backend)[0]
+    return _contract.registered.layernorm_residual_forward(*inputs, eps, False, backend)[0]
 
 
 def describe(
@@ -93,7 +93,7 @@ class _LayernormResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *inputs, eps, backend = args
-        y, mean, rstd = torch.ops.convnest.layernorm_residual_forward(*inputs, eps, True, backend)
+        y, mean, rstd = _contract.registered.layernorm_residual_forward(*inputs, eps, True, backend)
         ctx.save_for_backward(*inputs, mean, rstd)
         ctx.options = eps, backend
         return y
@@ -107,7 +107,7 @@ class _LayernormResidual(torch.autograd.Function):
             grads = _contract.eager_gradients(eager_layernorm_residual, inputs, dy, needs, eps=eps)
         else:
             t, x, *parameters = inputs
-            grads = torch.ops.convnest.layernorm_residual_backward(
+            grads = _contract.registered.layernorm_residual_backward(
                 dy, t, x, mean, rstd, *parameters, eps, needs, backend
             )
             grads = _contract.needed(grads, needs)

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.utils import flop_counter
 from torch.utils.checkpoint import checkpoint
 
-from convnest_kernels import backends, cpu
-from convnest_kernels.backends import Call
-from convnest_kernels.ops import _contract
-from convnest_kernels.ops.layernorm_residual import layernorm_residual
-from convnest_kernels.ops.nested_conv import nested_conv
-from convnest_kernels.reference import nested_block as eager_nested_block
-from convnest_kernels.reference.common import linear, new_statistics
+from .. import backends, cpu
+from ..backends import Call
+from ..reference import nested_block as eager_nested_block
+from ..reference.common import linear, new_statistics
+from . import _contract
+from .layernorm_residual import layernorm_residual
+from .nested_conv import nested_conv
 
 RECOMPUTE = ("none", "conv", "all")
 
@@ -89,7 +89,7 @@ def nested_block(
     x = _contract.autocast("x", x)
     if _contract.wants_gradients(*inputs):
         return _NestedBlock.apply(x, *inputs[1:], eps, shortcut, recompute)
-    return torch.ops.convnest.nested_block_forward(x, *inputs[1:], eps, shortcut, None)[0]
+    return _contract.registered.nested_block_forward(x, *inputs[1:], eps, shortcut, None)[0]
 
 
 def _is_one_operator(x: Tensor, conv_weight: Tensor, backend: str) -> bool:
@@ -193,7 +193,7 @@ class _NestedBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *inputs, eps, shortcut, recompute = args
-        y, *kept = torch.ops.convnest.nested_block_forward(*inputs, eps, shortcut, recompute)
+        y, *kept = _contract.registered.nested_block_forward(*inputs, eps, shortcut, recompute)
         ctx.save_for_backward(*inputs, *kept)
         ctx.options = eps, shortcut
         return y
@@ -210,7 +210,7 @@ class _NestedBlock(torch.autograd.Function):
             )
         else:
             x, *parameters = inputs
-            grads = torch.ops.convnest.nested_block_backward(
+            grads = _contract.registered.nested_block_backward(
                 dy, x, *kept, *parameters, eps, shortcut, needs
             )
             grads = _contract.needed(grads, needs)
@@ -285,10 +285,10 @@ def _flops(x_shape: Sequence[int], fc1_shape: Sequence[int], conv_shape: Sequenc
     return 2 * math.prod(x_shape[:-1]) * (2 * math.prod(fc1_shape) + math.prod(conv_shape))
 
 
-flop_counter.register_flop_formula(torch.ops.convnest.nested_block_forward)(
+flop_counter.register_flop_formula(_contract.registered.nested_block_forward)(
     lambda x, fc1, b1, gamma, beta, conv, *_, **__: _flops(x, fc1, conv)
 )
 # What is recomputed counts nothing: the same work, whatever was kept.
-flop_counter.register_flop_formula(torch.ops.convnest.nested_block_backward)(
+flop_counter.register_flop_formula(_contract.registered.nested_block_backward)(
     lambda dy, x, *args, **__: 2 * _flops(x, args[_KEPT], args[_KEPT + 4])
 )

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convnest_kernels import backends
-from convnest_kernels.backends import Call
-from convnest_kernels.ops import _contract
-from convnest_kernels.reference.nested_conv import nested_conv as eager_nested_conv
+from .. import backends
+from ..backends import Call
+from ..reference.nested_conv import nested_conv as eager_nested_conv
+from . import _contract
 
 
 def nested_conv(
@@ -59,7 +59,7 @@ def nested_conv(
             return eager_nested_conv(*inputs, eps=eps, shortcut=shortcut).contiguous()
     if _contract.wants_gradients(*inputs):
         return _NestedConv.apply(*inputs, eps, shortcut, backend)
-    return torch.ops.convnest.nested_conv_forward(*inputs, eps, shortcut, False, backend)[0]
+    return _contract.registered.nested_conv_forward(*inputs, eps, shortcut, False, backend)[0]
 
 
 def describe(
@@ -93,7 +93,7 @@ class _NestedConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *inputs, eps, shortcut, backend = args
-        v, u, mean, rstd = torch.ops.convnest.nested_conv_forward(
+        v, u, mean, rstd = _contract.registered.nested_conv_forward(
             *inputs, eps, shortcut, True, backend
         )
         ctx.save_for_backward(*inputs, u, mean, rstd)
@@ -111,7 +111,7 @@ class _NestedConv(torch.autograd.Function):
             )
         else:
             h, *parameters = inputs
-            grads = torch.ops.convnest.nested_conv_backward(
+            grads = _contract.registered.nested_conv_backward(
                 dv, h, u, mean, rstd, *parameters, eps, shortcut, needs, backend
             )
             grads = _contract.needed(grads, needs)

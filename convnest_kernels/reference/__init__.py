@@ -6,17 +6,17 @@ tests compare with (in float64). It is also the backend "eager".
 
 from __future__ import annotations
 
-from convnest_kernels.backends import Call
-from convnest_kernels.reference.dwconv_gelu_layernorm import dwconv_gelu_layernorm
-from convnest_kernels.reference.gelu_layernorm import gelu_layernorm
-from convnest_kernels.reference.layernorm_residual import layernorm_residual
-from convnest_kernels.reference.nested_block import (
+from ..backends import Call
+from .dwconv_gelu_layernorm import dwconv_gelu_layernorm
+from .gelu_layernorm import gelu_layernorm
+from .layernorm_residual import layernorm_residual
+from .nested_block import (
     convnest,
     nested_block,
     pre_activation,
     vanilla,
 )
-from convnest_kernels.reference.nested_conv import nested_conv
+from .nested_conv import nested_conv
 
 name = "eager"
 

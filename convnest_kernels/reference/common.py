@@ -40,7 +40,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def autocast_is_on(device: str) -> bool:
     """Whether autocast is enabled for a device type; False for types that cannot have it."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _can_autocast(device) and torch.is_autocast_enabled(device)
+
+
+@torch.compiler.assume_constant_result
+def _can_autocast(device: str) -> bool:
+    # Dynamo of torch 2.10 cannot trace what this calls.
+    return torch.amp.is_autocast_available(device)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from convnest_kernels.reference.common import (
+from .common import (
     backend_gradients,
     gelu_backward,
     layer_norm,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from convnest_kernels.reference.common import (
+from .common import (
     backend_gradients,
     layer_norm,
     layer_norm_backward,

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from convnest_kernels.reference.common import depthwise_conv, layer_norm, linear
-from convnest_kernels.reference.nested_conv import nested_conv
+from .common import depthwise_conv, layer_norm, linear
+from .nested_conv import nested_conv
 
 
 def _shortcut(x: Tensor, scale: Tensor | None) -> Tensor:

@@ -8,8 +8,8 @@ import os
 
 import torch
 
-from convnest_kernels.backends import Call
-from convnest_kernels.triton.heuristics import KERNEL_SIZES, MAX_CHANNELS
+from ..backends import Call
+from .heuristics import KERNEL_SIZES, MAX_CHANNELS
 
 name = "triton"
 

@@ -35,8 +35,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from convnest_kernels.triton import _launch, heuristics
-from convnest_kernels.triton.aot_table import Row
+from . import _launch, heuristics
+from .aot_table import Row
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INSTRUCTION = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)"
@@ -119,7 +119,7 @@ def _target(arch: str) -> GPUTarget:
 
 def _function(kernel: str) -> Any:
     module, name = kernel.split(":")
-    return getattr(importlib.import_module(f"convnest_kernels.triton.{module}"), name)
+    return getattr(importlib.import_module(f".{module}", __package__), name)
 
 
 def compile_launch(launch: Launch, arch: str) -> Any:

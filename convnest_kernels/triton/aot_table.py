@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from convnest_kernels.triton import heuristics
+from . import heuristics
 
 PATH = Path(__file__).with_name("compile_report.csv")
 ARCHITECTURES = ("80", "90", "100", "120", "gfx942")

@@ -29,8 +29,8 @@ import torch
 import triton
 from torch import Tensor
 
-from convnest_kernels._version import __version__
-from convnest_kernels.triton.heuristics import ConvTile
+from .._version import __version__
+from .heuristics import ConvTile
 
 _REPEATS = 20
 

@@ -29,8 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from convnest_kernels.triton import _launch, autotune, heuristics
-from convnest_kernels.triton.math import gelu, load_parameter
+from . import _launch, autotune, heuristics
+from .math import gelu, load_parameter
 
 _SIZES = ["N", "H", "W", "strip"]
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from convnest_kernels.triton import _launch, autotune, heuristics
-from convnest_kernels.triton.depthwise_backward_kernels import (
+from . import _launch, autotune, heuristics
+from .depthwise_backward_kernels import (
     depthwise_bwd_fma_kernel,
     depthwise_bwd_matrix_kernel,
 )

@@ -30,8 +30,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from convnest_kernels.triton.depthwise import locate, normalise
-from convnest_kernels.triton.math import gelu, gelu_gradient, load_parameter
+from .depthwise import locate, normalise
+from .math import gelu, gelu_gradient, load_parameter
 
 _SIZES = ["N", "H", "W", "strip", "n_strips", "n_chunks"]
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from convnest_kernels.triton import depthwise, depthwise_backward, row_norm, row_norm_backward
+from . import depthwise, depthwise_backward, row_norm, row_norm_backward
 
 
 def forward(

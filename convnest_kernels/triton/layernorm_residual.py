@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from convnest_kernels.triton import row_norm, row_norm_backward
+from . import row_norm, row_norm_backward
 
 
 def forward(

@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from convnest_kernels.triton import _launch, depthwise, depthwise_backward, heuristics, row_norm
-from convnest_kernels.triton.math import gelu, gelu_gradient
+from . import _launch, depthwise, depthwise_backward, heuristics, row_norm
+from .math import gelu, gelu_gradient
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_sums"])

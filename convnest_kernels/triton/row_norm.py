@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from convnest_kernels.triton import _launch, heuristics
-from convnest_kernels.triton.math import activate, load_parameter
+from . import _launch, heuristics
+from .math import activate, load_parameter
 
 
 @triton.jit(do_not_specialize=["n_rows", "eps"])

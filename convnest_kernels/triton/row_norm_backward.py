@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from convnest_kernels.triton import _launch, heuristics
-from convnest_kernels.triton.math import activate, load_parameter, scaled
+from . import _launch, heuristics
+from .math import activate, load_parameter, scaled
 
 
 @triton.jit(do_not_specialize=["n_rows"])
