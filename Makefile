@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 # The second environment: another torch, and the libraries that use this one.
-ZOO ?= torch==2.14.1 torchvision==0.29.1 timm==1.0.31 transformers==5.24.0
+ZOO ?= torch==2.14.1 torchvision==0.29.1 timm==1.0.31 transformers==5.24.0 kernels==0.17.2
 ZOO_VENV := .venv-zoo
 ZOO_TESTS ?= $(wildcard tests/test_recipes*.py) tests/zoo tests/test_accelerate.py
 
