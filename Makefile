@@ -32,9 +32,9 @@ test-all: $(VENV)/.ready
 test-zoo: $(ZOO_VENV)/.ready
 	$(ZOO_VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "not slow" $(ZOO_TESTS)
 
-# The sdist, the wheel from it, and the wheel in an environment of its own.
-test-package: $(VENV)/.ready
-	.ci/package $(BIN)/python
+# The sdist, the wheel from it, and the wheel in an environment of its own; README's lines there.
+test-package: $(VENV)/.ready $(ZOO_VENV)/.ready
+	.ci/package $(BIN)/python $(ZOO_VENV)/bin/python
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

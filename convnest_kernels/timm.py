@@ -14,13 +14,21 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm2d, NormMlpClassifierHead
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_module,
+)
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from convnest_kernels.models import VARIANTS, ConvNeSt
+from convnest_kernels.modules import NestedBlock
 
 __all__ = ["TimmConvNeSt"]  # register_model adds the 14 names
+
+register_notrace_module(NestedBlock)  # torch.fx takes a block as one node
 
 
 class TimmConvNeSt(ConvNeSt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -24,6 +25,42 @@ def test_nested_blocks_get_the_backend_and_give_it_back() -> None:
     assert not again.replaced and len(again.already) == len(blocks)
     report.undo()
     assert {block.backend for block in blocks} == {"eager"}
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_numbers_of_nested_blocks(channels_last: bool, autocast: bool) -> None:
+    """Forward and all gradients, against the eager formulas that the model was built with."""
+    x = torch.randn(2, 3, 64, 64)
+
+    def run(model: nn.Module, dtype: torch.dtype, autocast: bool = False) -> dict[str, Tensor]:
+        if channels_last:
+            model.to(memory_format=torch.channels_last)
+        images = x.to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = model(images)
+        weights = torch.linspace(-1, 1, y.numel()).to(y.dtype).reshape(y.shape)
+        named = dict(model.named_parameters())
+        grads = torch.autograd.grad((y * weights).sum(), [images, *named.values()])
+        return {"y": y.detach(), "x": grads[0], **dict(zip(named, grads[1:], strict=True))}
+
+    theirs = small(backend="eager")
+    truth = run(copy.deepcopy(theirs).double(), torch.float64)
+    ours = copy.deepcopy(theirs)
+    parameters = [id(parameter) for parameter in ours.parameters()]
+    report = accelerate(ours, strict=True)
+    assert {layer.backend for layer in report.replaced} == {"cpu"}
+    assert [id(parameter) for parameter in ours.parameters()] == parameters
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    eager, got = run(theirs, torch.float32, autocast), run(ours, torch.float32, autocast)
+    for name, value in got.items():
+        if not autocast:
+            assert_accurate(name, value, eager[name], truth[name], rows=x[:, 0].numel())
+            continue
+        # bfloat16 through a network: off by chance, more or less than eager.
+        error, usual = ((g - truth[name]).norm() for g in (value.double(), eager[name].double()))
+        floor = torch.finfo(torch.bfloat16).eps * truth[name].norm()
+        assert value.dtype == eager[name].dtype and error <= 4 * usual + floor, name
 
 
 def test_a_backend_that_cannot_run_is_an_error() -> None:

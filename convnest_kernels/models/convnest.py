@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from ..modules import LayerNorm2d, NestedBlock
@@ -190,26 +191,30 @@ class ConvNeSt(nn.Module):
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
 
     def _embed(self, x: Tensor) -> Tensor:
-        self._check_input(x)
+        _check_images(x, self.in_chans, self.reduction)
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
         # An image of one channel is in both formats at once, and the convolution may choose.
         return x.contiguous(memory_format=torch.channels_last)
-
-    def _check_input(self, x: Tensor) -> None:
-        if x.dim() != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"x must be [N, {self.in_chans}, H, W], got {list(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"x must be floating point (scale images first), got {x.dtype}")
-        if x.shape[2] < self.reduction or x.shape[3] < self.reduction:
-            raise ValueError(
-                f"x must be at least {self.reduction} x {self.reduction} pixels, the model's total "
-                f"stride, or its last maps would be empty; got {x.shape[2]} x {x.shape[3]}"
-            )
 
     def _require_head(self) -> _Head:
         if self.head is None:
             raise RuntimeError("a model built with features_only=True has no head")
         return self.head
+
+
+def _check_images(x: Tensor, in_chans: int, reduction: int) -> None:
+    if x.dim() != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"x must be [N, {in_chans}, H, W], got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point (scale images first), got {x.dtype}")
+    if x.shape[2] < reduction or x.shape[3] < reduction:
+        raise ValueError(
+            f"x must be at least {reduction} x {reduction} pixels, the model's total "
+            f"stride, or its last maps would be empty; got {x.shape[2]} x {x.shape[3]}"
+        )
+
+
+torch.fx.wrap("_check_images")  # it branches on what a trace does not know
 
 
 class _Stage(nn.Module):

@@ -1,13 +1,17 @@
-"""Small, randomly initialised models of other libraries, each in both memory formats."""
+"""Small, randomly initialised models of other libraries, and how accelerated ones are judged."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+from convnest_kernels.adopt import fused as fused_module
+from tests.tolerances import assert_accurate
 
 DIMS, DEPTHS = (8, 12, 16, 20), (1, 1, 2, 1)
 BLOCKS = sum(DEPTHS)
@@ -86,3 +90,40 @@ def run(model: nn.Module, x: Tensor, autocast: bool = False) -> dict[str, Tensor
     grads = torch.autograd.grad((y * weights).sum(), [x, *(p for _, p in named)], allow_unused=True)
     found = {"y": y.detach(), "x": grads[0]}
     return found | {name: g for (name, _), g in zip(named, grads[1:], strict=True) if g is not None}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Every input of our convolution and norm: what shows that ours ran."""
+    inputs: list[Tensor] = []
+    ours = fused_module.conv_norm
+
+    def spy(x: Tensor, *args: object) -> Tensor:
+        inputs.append(x)
+        return ours(x, *args)
+
+    monkeypatch.setattr(fused_module, "conv_norm", spy)
+    return inputs
+
+
+def assert_same_numbers(ours: nn.Module, theirs: nn.Module, x: Tensor, autocast: bool) -> None:
+    truth = run(copy.deepcopy(theirs).double(), x.double())
+    eager, got = run(theirs, x, autocast), run(ours, x, autocast)
+    assert got.keys() == eager.keys() == truth.keys()
+    rows = x.shape[0] * x.shape[2] * x.shape[3]
+    if not autocast:
+        for name, value in got.items():
+            assert_accurate(name, value, eager[name], truth[name], rows=rows)
+        return
+    # bfloat16 through a whole network: a gradient of few elements is off by chance, more or less,
+    # so each may be off by more than eager's, but not all of them together.
+    total = {"ours": 0.0, "eager": 0.0}
+    for name, value in got.items():
+        assert value.dtype == eager[name].dtype
+        size = truth[name].norm()
+        of_ours, of_eager = ((g.double() - truth[name]).norm() for g in (value, eager[name]))
+        floor = torch.finfo(torch.bfloat16).eps * size
+        assert of_ours <= 4 * of_eager + floor, f"{name} is off by {of_ours}, eager by {of_eager}"
+        total["ours"] += (of_ours / size).item() ** 2
+        total["eager"] += (of_eager / size).item() ** 2
+    assert total["ours"] <= 1.5 * total["eager"], total

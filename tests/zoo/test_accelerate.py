@@ -10,50 +10,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convnest_kernels import accelerate, backends
+from convnest_kernels import accelerate
 from convnest_kernels.adopt import AccelerateError
 from convnest_kernels.adopt import fused as fused_module
 from tests.tolerances import assert_accurate
-from tests.zoo.models import BLOCKS, DROP_PATH, MAKERS, images, make, run
+from tests.zoo.models import (
+    BLOCKS,
+    DROP_PATH,
+    MAKERS,
+    assert_same_numbers,
+    calls,
+    images,
+    make,
+)
+
+__all__ = ["calls"]  # a fixture
 
 NAMES = list(MAKERS)
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Every input of our convolution and norm: what shows that ours ran."""
-    inputs: list[Tensor] = []
-    ours = fused_module.conv_norm
-
-    def spy(x: Tensor, *args: object) -> Tensor:
-        inputs.append(x)
-        return ours(x, *args)
-
-    monkeypatch.setattr(fused_module, "conv_norm", spy)
-    return inputs
-
-
-def assert_same_numbers(ours: nn.Module, theirs: nn.Module, x: Tensor, autocast: bool) -> None:
-    truth = run(copy.deepcopy(theirs).double(), x.double())
-    eager, got = run(theirs, x, autocast), run(ours, x, autocast)
-    assert got.keys() == eager.keys() == truth.keys()
-    rows = x.shape[0] * x.shape[2] * x.shape[3]
-    if not autocast:
-        for name, value in got.items():
-            assert_accurate(name, value, eager[name], truth[name], rows=rows)
-        return
-    # bfloat16 through a whole network: a gradient of few elements is off by chance, more or less,
-    # so each may be off by more than eager's, but not all of them together.
-    total = {"ours": 0.0, "eager": 0.0}
-    for name, value in got.items():
-        assert value.dtype == eager[name].dtype
-        size = truth[name].norm()
-        of_ours, of_eager = ((g.double() - truth[name]).norm() for g in (value, eager[name]))
-        floor = torch.finfo(torch.bfloat16).eps * size
-        assert of_ours <= 4 * of_eager + floor, f"{name} is off by {of_ours}, eager by {of_eager}"
-        total["ours"] += (of_ours / size).item() ** 2
-        total["eager"] += (of_eager / size).item() ** 2
-    assert total["ours"] <= 1.5 * total["eager"], total
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -291,58 +264,6 @@ def test_bytes_held_for_backward_shrink() -> None:
     theirs, ours = make("timm"), make("timm")
     accelerate(ours)
     assert held(ours) < 0.85 * held(theirs)
-
-
-@pytest.mark.parametrize("first", ["accelerate", "compile"])
-@pytest.mark.parametrize("name", ["timm", "torchvision"])
-def test_compile(name: str, first: str) -> None:
-    theirs = make(name)
-    ours = copy.deepcopy(theirs)
-    x = images()
-    if first == "accelerate":
-        accelerate(ours)
-        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    else:
-        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-        compiled(x)
-        report = accelerate(compiled, strict=True)
-        assert all(layer.name.startswith("_orig_mod.") for layer in report.replaced)
-    assert_same_numbers(compiled, _Wrapper(theirs), x, autocast=False)
-    with pytest.MonkeyPatch.context() as patch:  # ours is in the graph: nothing runs without it
-        patch.setattr(backends, "implementation", _refuse)
-        with pytest.raises(RuntimeError, match="ours was called"):
-            compiled(x)
-
-
-def _refuse(*args: object) -> None:
-    raise RuntimeError("ours was called")
-
-
-class _Wrapper(nn.Module):
-    """Names as torch.compile makes them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._orig_mod = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._orig_mod(x)
-
-
-def test_torch_fx_traces_ours() -> None:
-    feature_extraction = pytest.importorskip(
-        "torchvision.models.feature_extraction", reason="torchvision is not installed"
-    )
-    model = make("torchvision").eval()
-    x = images()
-    expected = model.features(x)
-    accelerate(model)
-    extractor = feature_extraction.create_feature_extractor(model, {"features": "maps"})
-    calls = [node for node in extractor.graph.nodes if node.target is fused_module.conv_norm]
-    assert len(calls) == BLOCKS
-    torch.testing.assert_close(extractor(x)["maps"], expected, rtol=1e-4, atol=1e-4)
-    report = accelerate(extractor)
-    assert not report.replaced and "before tracing" in str(report)
 
 
 def test_what_is_skipped_is_said() -> None:

@@ -1,4 +1,15 @@
-"""The 14 models through timm: our equivalents of its own model tests, and its training tools."""
+"""The 14 models through timm: our equivalents of its own model tests, and its training tools.
+
+timm's tests/test_models.py, and what stands here for each:
+
+    forward, backward            test_same_numbers_as_ours, test_backward_reaches_every_parameter
+    default_cfgs                 test_registered_with_a_default_cfg, test_classifier_is_reset
+    forward_features             test_features_only
+    forward_intermediates        test_forward_intermediates, test_features_only (pruned)
+    forward_fx, backward_fx      test_torch_fx
+    forward_torchscript          test_torchscript: traced; scripting is an error
+    inference, load_pretrained   test_pretrained_is_an_error: there are no weights
+"""
 
 from __future__ import annotations
 
@@ -137,6 +148,54 @@ def test_forward_intermediates(name: str) -> None:
     assert not ran
     with pytest.raises(ValueError, match="output_fmt must be 'NCHW', got 'NHWC'"):
         model.forward_intermediates(x, output_fmt="NHWC")
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_torch_fx(name: str) -> None:
+    """Traced with a block as one node, as timm's and torchvision's extractors do it."""
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    from timm.models._features_fx import get_notrace_modules
+
+    model = small(name).train()
+    options = {"leaf_modules": list(get_notrace_modules())}
+    nodes, _ = extraction.get_graph_node_names(model, tracer_kwargs=options)
+    assert sum(".blocks." in node for node in nodes) == sum(len(s.blocks) for s in model.stages)
+    traced = extraction.create_feature_extractor(
+        model,
+        train_return_nodes={nodes[-1]: "y"},
+        eval_return_nodes=["head.fc"],
+        tracer_kwargs=options,
+        suppress_diff_warning=True,
+    )
+    x = images(name)
+    y, expected = traced(x)["y"], model(x)
+    torch.testing.assert_close(y, expected)
+    parameters = list(model.parameters())
+    for ours, theirs in zip(
+        torch.autograd.grad(y.square().sum(), list(traced.parameters())),
+        torch.autograd.grad(expected.square().sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+    by_trace = small(name, features_only=True, feature_cls="fx").eval()
+    by_getter = small(name, features_only=True).eval()
+    weights = {key.removeprefix("model."): v for key, v in by_getter.state_dict().items()}
+    assert not by_trace.graph_module.load_state_dict(weights, strict=False).missing_keys
+    for ours, theirs in zip(by_trace(x), by_getter(x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_torchscript(name: str) -> None:
+    model = small(name).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(model, images(name))
+        x = images(name, batch=3)
+        torch.testing.assert_close(traced(x), model(x))
+    with pytest.raises(torch.jit.frontend.NotSupportedError):
+        torch.jit.script(model)
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
