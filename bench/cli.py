@@ -68,6 +68,11 @@ def run(args: argparse.Namespace) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: torch sees no GPU here", file=sys.stderr)
         return 2
+    if args.device == "cpu" and not 1 <= args.threads <= machine.usable_cores():
+        cores = machine.usable_cores()
+        print(f"--threads must be 1 to {cores}, got {args.threads}: this process may use {cores} "
+              f"core{'s' * (cores > 1)}", file=sys.stderr)  # fmt: skip
+        return 2
     try:
         wanted = _planned(args)
     except ValueError as error:

@@ -35,6 +35,11 @@ def family() -> str | None:
     return f"family {found['cpu family']} model {found['model']}" if "cpu family" in found else None
 
 
+def usable_cores() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def describe(device: str = "cpu") -> dict[str, Any]:
     """What is recorded beside results; call it in the process that measures."""
     core: Any = _extension.module

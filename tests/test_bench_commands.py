@@ -104,6 +104,17 @@ def test_plan_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "1 of 1 cells are to be taken" in capsys.readouterr().out
 
 
+def test_threads_have_a_core_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two threads on one core would be compared with the limits of two."""
+    monkeypatch.setattr(machine, "usable_cores", lambda: 1)
+    options = ["--threads", "2", "--out", str(tmp_path)]
+    assert cli.main([*SMALL_COMMAND.split(), *options]) == 2
+    assert "--threads must be 1 to 1, got 2: this process may use 1 core" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A GPU that cli.py sees, and a clock that cells move on by what plan.py expects of them."""
