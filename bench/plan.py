@@ -115,7 +115,7 @@ def _left_out_on_cpu(cell: Cell) -> dict[str, str]:
     if not (first and cell.mode == "infer" and cell.stage in (1, 4)):
         left_out[AUTOTUNE] = (
             "taken for inference of the block at stages 1 and 4, batch 8: it times products for "
-            "10 s a cell, and took the library's that compile-nhwc has"
+            "10 s a cell, and in float32 took the library's, as compile-nhwc does"
         )
     if not (first and cell.dtype == "float32"):
         left_out["compile-nhwc"] = "taken for the float32 block at batch 8; compile-nchw is here"
