@@ -12,7 +12,8 @@
 // (depthwise_wgrad.cuh). It marches down the rows, 4 rows of z to a stage, du R rows ahead:
 //     fill    z and x̂ of rows y .. y + 3; du of rows y + R .. y + R + 3, into its ring
 //     barrier
-//     fetch   the next stage's rows, asynchronously
+//     fetch   the next stage's rows, asynchronously; or, where shared memory has no room for them,
+//             in the fill, without hiding their latency
 //     product weight gradient: z against du of rows y − R .. y + 3 + R; then dz of rows y .. y + 3,
 //             written over z; then dγ and dβ: dz against x̂ and against the mask of what counts
 //     barrier
@@ -59,7 +60,16 @@ __device__ __forceinline__ int wrap_ring(int slot) {
     return slot < kRingRows ? slot : slot - kRingRows;
 }
 
-template <int K>
+// The next stage's rows on their way, where shared memory has room for them (kAhead).
+template <bool kAhead>
+struct NextStage {
+    PairStaging h, dv, u;
+    PairStatistics statistics;
+};
+template <>
+struct NextStage<false> {};
+
+template <int K, bool kAhead>
 struct NestedConvBwdShared {
     union {
         struct {
@@ -70,14 +80,15 @@ struct NestedConvBwdShared {
         float sums[kBlockChannels * K][16][8];  // at the end: Q
     };
     PairMasks masks;
-    PairStaging h, dv, u;
-    PairStatistics statistics;
+    PairScales rstd;
     Bands<K> bands;
     BlockAffine affine;
     PairOffsets offsets;
+    NextStage<kAhead> next;
 };
-// With 1 KB of the system's in the 164 KB of sm_80.
-static_assert(sizeof(NestedConvBwdShared<7>) <= 163 * 1024);
+// With 1 KB of the system's in the 164 KB of sm_80, and in the 100 KB of sm_86, sm_89 and sm_120.
+static_assert(sizeof(NestedConvBwdShared<7, true>) <= 163 * 1024);
+static_assert(sizeof(NestedConvBwdShared<7, false>) <= 99 * 1024);
 
 // Stages before an item's first one: du's ring and dz's accumulators want the rows from R above the
 // first on (in a gap they are zeros already).
@@ -176,9 +187,10 @@ __device__ __forceinline__ float2 diagonal_sums(const FragmentC& c, int lane) {
     return make_float2(warp_sum(upper), warp_sum(lower));
 }
 
-template <class Element, int K>
+template <class Element, int K, bool kAhead>
 __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(NestedConvBwdArgs args) {
-    CONVNEST_SHARED_MEMORY(NestedConvBwdShared<K>, shared);
+    using Shared = NestedConvBwdShared<K, kAhead>;
+    CONVNEST_SHARED_MEMORY(Shared, shared);
     constexpr int R = K / 2;
     const Canvas& canvas = args.canvas;
     const int thread = threadIdx.x, lane = thread % kWarpSize, channel = thread / kWarpSize;
@@ -216,8 +228,10 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
     RowWalk<R> walk(canvas, item, role.row);  // of z
     int own = start + role.row;
 
-    // Bits 0–1: pixels of du's row, 2–3: of z's. dv, u and h are on their way for these.
-    unsigned present;
+    // A stage's rows: on their way in shared memory, or just read
+    Octet dv[2], u[2], h[2];
+    float2 mean, rstd;
+    unsigned present;  // bits 0–1: pixels of du's row, 2–3: of z's; the others are not read
     const auto fetch = [&] {
         RowWalk<R> ahead = walk;
         ahead.advance(canvas, R);
@@ -239,20 +253,34 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
             const bool channels = pixels >> 4;
             const bool has_du = (present >> i & 1) && channels;
             const bool has_z = present >> (2 + i) & 1;
-            shared.dv.fetch(thread, i, at_pixel(args.dv + octet0, du, row_bytes), has_du);
-            shared.u.fetch(thread, i, at_pixel(args.u + octet0, du, row_bytes), has_du);
-            shared.h.fetch(thread, i, at_pixel(args.h + octet0, z, row_bytes), has_z && channels);
-            shared.statistics.fetch(role, i, args.mean, args.rstd, z, has_z);
+            const auto* dv_at = at_pixel(args.dv + octet0, du, row_bytes);
+            const auto* u_at = at_pixel(args.u + octet0, du, row_bytes);
+            const auto* h_at = at_pixel(args.h + octet0, z, row_bytes);
+            if constexpr (kAhead) {
+                shared.next.dv.fetch(thread, i, dv_at, has_du);
+                shared.next.u.fetch(thread, i, u_at, has_du);
+                shared.next.h.fetch(thread, i, h_at, has_z && channels);
+                shared.next.statistics.fetch(role, i, args.mean, args.rstd, z, has_z);
+            } else {
+                dv[i] = has_du ? load_octet<true>(dv_at, 8) : Octet{};
+                u[i] = has_du ? load_octet<true>(u_at, 8) : Octet{};
+                h[i] = has_z && channels ? load_octet<true>(h_at, 8) : Octet{};
+                (i == 0 ? mean.x : mean.y) = has_z ? load_global(args.mean + z) : 0.f;
+                (i == 0 ? rstd.x : rstd.y) = has_z ? load_global(args.rstd + z) : 0.f;
+            }
         }
-        async_copy_commit();
+        if constexpr (kAhead) async_copy_commit();
     };
     const auto fill_du = [&](int entering) {
         unsigned char* cells =
             shared.du + (entering + role.row) * kPairRowBytes + role.template cell<4>(0);
         const std::uint32_t mask = pixel_mask(present, 0);
-        Octet dv[2], u[2];
-        shared.dv.take(dv, thread);
-        shared.u.take(u, thread);
+        if constexpr (kAhead) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                dv[i] = shared.next.dv.take(thread, i), u[i] = shared.next.u.take(thread, i);
+            }
+        }
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             float low[2], high[2];
@@ -271,13 +299,16 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
     const auto fill_z = [&] {
         const int cells = role.row * kPairRowBytes + role.cell<8>(0);
         const std::uint32_t mask = pixel_mask(present >> 2, 0);
-        const float2 mean = shared.statistics.mean(role);
-        const float2 rstd = shared.statistics.keep_rstd(role);
+        if constexpr (kAhead) {
+            mean = shared.next.statistics.load(0, role);
+            rstd = shared.next.statistics.load(1, role);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) h[i] = shared.next.h.take(thread, i);
+        }
+        shared.rstd.store(role, rstd);
         const float scale[2] = {rstd.x, rstd.y};
         const float shift[2] = {-mean.x * rstd.x, -mean.y * rstd.y};
         shared.masks.template store<Element>(role, mask);
-        Octet h[2];
-        shared.h.take(h, thread);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             const auto gamma = load_shared<float2>(&shared.affine.gamma[role.half * 8 + 2 * k]);
@@ -307,8 +338,8 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
         const int cells = role.row * kPairRowBytes + role.cell<8>(0);
         const unsigned char* du_cells =
             shared.du + wrap_ring(finished + role.row) * kPairRowBytes + role.template cell<4>(0);
-        const float2 rstd = shared.statistics.kept_rstd(role);
-        const float scale[2] = {rstd.x, rstd.y};
+        const float2 scales = shared.rstd.load(role);
+        const float scale[2] = {scales.x, scales.y};
         float sum[2] = {0.f, 0.f}, sum_normal[2] = {0.f, 0.f};
         Octet out[2];
 #pragma unroll
@@ -356,11 +387,13 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
         }
     };
 
-    shared.h.clear(thread);
-    shared.dv.clear(thread);
-    shared.u.clear(thread);
+    if constexpr (kAhead) {
+        shared.next.h.clear(thread);
+        shared.next.dv.clear(thread);
+        shared.next.u.clear(thread);
+    }
     __syncthreads();  // parameters, offsets and zeros are in shared memory
-    fetch();
+    if constexpr (kAhead) fetch();
     Ring<K> ring, sums;
     FragmentC bias_sum, norm_sums;
     const FragmentC zero = {0.f, 0.f, 0.f, 0.f};
@@ -373,8 +406,12 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
 #pragma unroll 1
     for (int stage = 0; stage < stages; ++stage) {
         const bool finishes = stage >= warm_up;
-        async_copy_wait<0>();
-        __syncwarp();  // the statistics are those of two threads
+        if constexpr (kAhead) {
+            async_copy_wait<0>();
+        } else {
+            fetch();
+        }
+        __syncwarp();  // the statistics, coming and going, are shared by two threads
         fill_du(entering);
         if (finishes) fill_z();
         const std::uint32_t row = walk.pixel;
@@ -382,7 +419,7 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
         __syncthreads();
         walk.advance(canvas, kStageRows);
         own += kStageRows;
-        if (stage + 1 < stages) fetch();
+        if (kAhead && stage + 1 < stages) fetch();
         if (finishes && args.dweight != nullptr) {
             correlate_rows<Element, K>(sums, bias_sum, shared.z.bytes, shared.du, shared.masks,
                                        wrap_ring(entering + kRingRows - 2 * R), channel, lane);

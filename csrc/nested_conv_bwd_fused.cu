@@ -6,7 +6,8 @@
 //     3  sum_partials_kernel        each parameter's gradient, in a fixed order
 //
 // Seven passes over wide tensors, and the row sums, 8 bytes for 16 channels of a pixel: a quarter
-// of a pass written and read. Instances: 1: 2 element types × kernel sizes 3, 5, 7 = 6; 2: 2.
+// of a pass written and read. Instances: 1: 2 element types × kernel sizes 3, 5, 7 × (the next
+// stage on its way or not) = 12; 2: 2.
 #include "nested_conv_bwd_fused.h"
 
 #include "common/conv_backward.cuh"
@@ -46,7 +47,12 @@ void with_fused_size(int kernel_size, const Function& f) {
     });
 }
 
-template <class Element, int K>
+template <int K, bool kAhead>
+bool fits_shared(int shared_bytes) {
+    return sizeof(NestedConvBwdShared<K, kAhead>) <= static_cast<std::size_t>(shared_bytes);
+}
+
+template <class Element, int K, bool kAhead>
 void launch(const NestedConvBwdParams& p, void* stream) {
     const FusedPlan plan(p, K);
     char* workspace = static_cast<char*>(p.workspace);
@@ -60,9 +66,9 @@ void launch(const NestedConvBwdParams& p, void* stream) {
     run({.kernel = "nested_conv_bwd_kernel",
          .grid = dim3(static_cast<unsigned>(plan.canvas.items) * blocks),
          .block = dim3(kPairThreads),
-         .shared_bytes = sizeof(NestedConvBwdShared<K>),
+         .shared_bytes = sizeof(NestedConvBwdShared<K, kAhead>),
          .stream = stream},
-        nested_conv_bwd_kernel<Element, K>,
+        nested_conv_bwd_kernel<Element, K, kAhead>,
         NestedConvBwdArgs{.dv = static_cast<const std::uint16_t*>(p.dv),
                           .u = static_cast<const std::uint16_t*>(p.u),
                           .h = static_cast<const std::uint16_t*>(p.h),
@@ -102,9 +108,7 @@ void launch(const NestedConvBwdParams& p, void* stream) {
 
 bool fuses_nested_conv_bwd(int kernel_size, int shared_bytes) {
     bool fits = false;
-    with_fused_size(kernel_size, [&](auto K) {
-        fits = sizeof(NestedConvBwdShared<K()>) <= static_cast<std::size_t>(shared_bytes);
-    });
+    with_fused_size(kernel_size, [&](auto K) { fits = fits_shared<K(), false>(shared_bytes); });
     return fits;
 }
 
@@ -116,8 +120,14 @@ std::size_t nested_conv_bwd_fused_workspace_bytes(const NestedConvBwdParams& par
 void launch_nested_conv_bwd_fused(const NestedConvBwdParams& params, int kernel_size,
                                   ElementType type, void* stream) {
     with_fused_size(kernel_size, [&](auto K) {
-        type == ElementType::bfloat16 ? launch<BFloat16, K()>(params, stream)
-                                      : launch<Float16, K()>(params, stream);
+        with_element(type, kernel_size, [&](auto element, auto) {
+            using Element = decltype(element);
+            if constexpr (sizeof(typename Element::Storage) == 2) {
+                fits_shared<K(), true>(device_shared_bytes())
+                    ? launch<Element, K(), true>(params, stream)
+                    : launch<Element, K(), false>(params, stream);
+            }
+        });
     });
 }
 

@@ -115,12 +115,14 @@ CASES = [
 MANY_ITEMS = Case((1, 1, 250, 4736))
 
 
-# What a block can have on sm_80 and newer data-centre chips, and on the rest: with the one backward
-# runs in two wide kernels, with the other in three.
-TWO_KERNELS, THREE_KERNELS = 163 * 1024, 99 * 1024
+# What a block can have on data-centre chips, on the rest (two kernels without prefetch), on none:
+# there backward runs in three wide kernels.
+TWO_KERNELS, TWO_KERNELS_TIGHT, THREE_KERNELS = 163 * 1024, 99 * 1024, 96 * 1024
 
 
-@pytest.fixture(params=[TWO_KERNELS, THREE_KERNELS], ids=["two_kernels", "three_kernels"])
+@pytest.fixture(
+    params=[TWO_KERNELS, TWO_KERNELS_TIGHT, THREE_KERNELS], ids=["two", "two_tight", "three"]
+)
 def either_device(request: pytest.FixtureRequest) -> Iterator[int]:
     with emulation.device(request.param):
         yield request.param
@@ -366,8 +368,10 @@ def test_every_barrier_of_forward_is_needed(shape):
     ids=str,
 )
 def test_every_barrier_of_backward_is_needed(case, either_device):
-    if either_device == THREE_KERNELS and not takes_two_kernels(case):
+    if either_device != TWO_KERNELS and not takes_two_kernels(case):
         pytest.skip("it runs in three kernels on every device")
+    if either_device == TWO_KERNELS_TIGHT and case.shape[1] <= 4:
+        pytest.skip("a single stage has no drain before its fill")
     inputs = arguments(case)
     dv = torch.randn(case.shape).to(case.dtype)
     kept = forward(case, *inputs)
@@ -382,8 +386,23 @@ def test_every_barrier_of_backward_is_needed(case, either_device):
 def test_two_kernels_run_where_their_shared_memory_fits():
     fuses = emulation.library().nested_conv_bwd_fuses
     for size in (3, 5, 7):
-        assert fuses(size, TWO_KERNELS) and not fuses(size, THREE_KERNELS)
-    assert not fuses(9, 227 * 1024)
+        assert fuses(size, TWO_KERNELS) and fuses(size, TWO_KERNELS_TIGHT)
+    assert not fuses(7, THREE_KERNELS) and not fuses(9, 227 * 1024)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.keep and takes_two_kernels(case)], ids=str
+)
+def test_two_kernels_give_the_same_bits_with_and_without_prefetch(case):
+    inputs = arguments(case)
+    dv = torch.randn(case.shape).to(case.dtype)
+    kept = forward(case, *inputs)
+    results = []
+    for shared_bytes in (TWO_KERNELS, TWO_KERNELS_TIGHT):
+        with emulation.device(shared_bytes):
+            results.append(backward(case, dv, kept, inputs))
+    for ahead, tight in zip(*results, strict=True):
+        assert torch.equal(ahead, tight)
 
 
 @pytest.mark.parametrize("cancels", [False, True], ids=["random", "means_cancel"])

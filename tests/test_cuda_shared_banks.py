@@ -61,14 +61,15 @@ def test_band_loads(size):
     offset = 4 - size // 2
     shift = (7 + offset + 1) // 2 * 2
     row_words = (15 - offset + shift + 1) // 2 + 1
-    copy_words = (16 * size * row_words + 31) // 32 * 32 + 16
+    stride = max(row_words - shift // 2, (size + shift) // 2 + 1)
+    copy_words = ((16 * size - 1) * stride + row_words + 15) // 32 * 32 + 16
     for row in range(16 * size):
         for half in (0, 4):
             words = []
             for lane in range(32):
                 e = 2 * (lane & 3) - (lane >> 2) - offset
-                word = (e & 1) * copy_words + row * row_words + (e + shift + (e & 1)) // 2 + half
-                assert 0 <= word - (e & 1) * copy_words - row * row_words < row_words
+                word = (e & 1) * copy_words + row * stride + (e + shift + (e & 1)) // 2 + half
+                assert 0 <= word - (e & 1) * copy_words - row * stride < row_words
                 words.append(word * 4)
             assert wavefronts(words, 4) == 1
 

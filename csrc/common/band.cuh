@@ -15,7 +15,8 @@ namespace convnest::cuda {
 
 // Banded weights: row (channel, ky) holds w[ky, e] at element e + shift, zeros around, so that a
 // fragment register, the pair (w[e], w[e + 1]), is one 4-byte load at any lane's e. Two copies,
-// the second shifted by one more element, keep that load aligned for odd e.
+// the second shifted by one more element, keep that load aligned for odd e. The zeros right of a
+// row are those left of the next.
 template <int K>
 struct BandLayout {
     static constexpr int kOffset = kLeadPixels - K / 2;          // e = j − n − kOffset
@@ -23,8 +24,12 @@ struct BandLayout {
     static constexpr int kGreatest = 15 - kOffset + kShift + 1;  // of e + shift, either copy
     static constexpr int kRowWords = kGreatest / 2 + 1;
     static constexpr int kRows = kBlockChannels * K;
+    // No row's zeros meet the taps of the next one, nor its taps the next one's zeros.
+    static constexpr int kPastTaps = (K + kShift) / 2 + 1, kZeros = kRowWords - kShift / 2;
+    static constexpr int kRowStride = kPastTaps > kZeros ? kPastTaps : kZeros;
+    static constexpr int kWords = kRows * kRowStride + kRowWords - kRowStride;
     // The copies' words lie 16 banks apart: one load touches at most 13 words of each.
-    static constexpr int kCopyWords = (kRows * kRowWords + 31) / 32 * 32 + 16;
+    static constexpr int kCopyWords = (kWords + 15) / 32 * 32 + 16;
 };
 
 template <int K>
@@ -47,9 +52,10 @@ __device__ __forceinline__ void fill_bands(Bands<K>& bands, const float* weight,
             w[kx] = channel < channels ? load_global(weight + channel * K * K + tap) : 0.f;
         }
         const auto tap = [&](int e) { return e >= 0 && e < K ? w[e] : 0.f; };
-        std::uint32_t* even = bands.words + row * Layout::kRowWords;
+        std::uint32_t* even = bands.words + row * Layout::kRowStride;
 #pragma unroll
         for (int i = 0; i < Layout::kRowWords; ++i) {
+            if (i >= Layout::kRowStride && row + 1 < Layout::kRows) break;
             const int e = 2 * i - Layout::kShift;
             store_shared(even + i, Element::pack(tap(e), tap(e + 1)));
             store_shared(even + Layout::kCopyWords + i, Element::pack(tap(e - 1), tap(e)));
@@ -65,7 +71,7 @@ __device__ __forceinline__ const std::uint32_t* band_address(const Bands<K>& ban
     const int g = lane >> 2, t = lane & 3;
     const int e = 2 * t - g - Layout::kOffset;
     const int copy = e & 1;
-    return bands.words + copy * Layout::kCopyWords + channel * K * Layout::kRowWords +
+    return bands.words + copy * Layout::kCopyWords + channel * K * Layout::kRowStride +
            (e + Layout::kShift + copy) / 2;
 }
 
@@ -73,8 +79,8 @@ template <int K>
 __device__ __forceinline__ void load_band(FragmentB (&band)[K], const std::uint32_t* address) {
 #pragma unroll
     for (int ky = 0; ky < K; ++ky) {
-        band[ky][0] = load_shared<std::uint32_t>(address + ky * BandLayout<K>::kRowWords);
-        band[ky][1] = load_shared<std::uint32_t>(address + ky * BandLayout<K>::kRowWords + 4);
+        band[ky][0] = load_shared<std::uint32_t>(address + ky * BandLayout<K>::kRowStride);
+        band[ky][1] = load_shared<std::uint32_t>(address + ky * BandLayout<K>::kRowStride + 4);
     }
 }
 

@@ -81,13 +81,9 @@ struct PairStaging {
 #pragma unroll
         for (int i = 0; i < 2; ++i) store_shared(&pixels[i][thread], make_uint4(0, 0, 0, 0));
     }
-    __device__ __forceinline__ void take(Octet (&octets)[2], int thread) const {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const auto v = load_shared<uint4>(&pixels[i][thread]);
-            octets[i].pair[0] = v.x, octets[i].pair[1] = v.y;
-            octets[i].pair[2] = v.z, octets[i].pair[3] = v.w;
-        }
+    __device__ __forceinline__ Octet take(int thread, int i) const {
+        const auto v = load_shared<uint4>(&pixels[i][thread]);
+        return {{v.x, v.y, v.z, v.w}};
     }
 };
 
@@ -111,24 +107,26 @@ struct PairOffsets {
 // other rstd.
 struct PairStatistics {
     float2 pairs[2][kStageRows][kPairsOfRow];
-    float2 kept[kStageRows][kPairsOfRow];
 
     __device__ __forceinline__ void fetch(const PairRole& role, int i, const float* mean,
                                           const float* rstd, std::uint32_t pixel, bool exists) {
         float* pair = reinterpret_cast<float*>(&pairs[role.half][role.row][role.pair]);
         async_copy_float(pair + i, (role.half ? rstd : mean) + pixel, exists);
     }
-    __device__ __forceinline__ float2 mean(const PairRole& role) const {
-        return load_shared<float2>(&pairs[0][role.row][role.pair]);
+    __device__ __forceinline__ float2 load(int which, const PairRole& role) const {
+        return load_shared<float2>(&pairs[which][role.row][role.pair]);
     }
-    // rstd, which the next stage's is not to overwrite before this one is drained.
-    __device__ __forceinline__ float2 keep_rstd(const PairRole& role) {
-        const auto rstd = load_shared<float2>(&pairs[1][role.row][role.pair]);
-        if (role.half == 0) store_shared(&kept[role.row][role.pair], rstd);
-        return rstd;
+};
+
+// A stage's rstd from its fill to its drain.
+struct PairScales {
+    float2 pairs[kStageRows][kPairsOfRow];
+
+    __device__ __forceinline__ void store(const PairRole& role, float2 rstd) {
+        if (role.half == 0) store_shared(&pairs[role.row][role.pair], rstd);
     }
-    __device__ __forceinline__ float2 kept_rstd(const PairRole& role) const {
-        return load_shared<float2>(&kept[role.row][role.pair]);
+    __device__ __forceinline__ float2 load(const PairRole& role) const {
+        return load_shared<float2>(&pairs[role.row][role.pair]);
     }
 };
 
