@@ -6,7 +6,7 @@
 
 namespace convnest::cuda {
 
-// Whether a device whose blocks can have `shared_bytes` of shared memory can run it.
+// Whether it runs where blocks can have `shared_bytes` of shared memory.
 bool fuses_nested_conv_bwd(int kernel_size, int shared_bytes);
 
 std::size_t nested_conv_bwd_fused_workspace_bytes(const NestedConvBwdParams& params,
