@@ -153,9 +153,12 @@ def test_global_accesses_are_16_bytes_wide(compiled):
         # A pixel's row sums are two floats.
         pairs = sum(n for op, n in mix.items() if op in writes and "128" not in op)
         assert pairs <= 2 * (name == "nested_conv_bwd_kernel"), kernel.name
-        # Nothing narrower but the statistics, 4 floats for a thread's quad, by asynchronous copy
+        # Nothing narrower but the statistics, 4 floats for a thread's pixels, by asynchronous copy
+        # except where shared memory has no room for it
         narrow = {op: n for op, n in mix.items() if op in reads and "128" not in op}
-        assert sum(narrow.values()) <= 4 and all(op.startswith("LDGSTS") for op in narrow), narrow
+        copies = all(op.startswith("LDGSTS") for op in narrow)
+        tight = name == "nested_conv_bwd_kernel" and parameters[-1] == "false"
+        assert sum(narrow.values()) <= 4 and (copies or tight), narrow
 
 
 @reads_machine_code
