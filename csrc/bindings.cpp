@@ -47,13 +47,49 @@ int kernel_size(int K) {
 
 bool empty(Size N, Size H, Size W, Size C) { return N <= 0 || H <= 0 || W <= 0 || C <= 0; }
 
-// Of 64 words of each stretch, spread evenly.
-std::uint64_t sample(const std::array<Address, 3>& addresses, const std::array<Size, 3>& bytes) {
+// Two sums of the words of a stretch, the second one weighted by position, in independent lanes, so
+// that it runs at the speed of memory. One word that changes is always seen.
+std::uint64_t sum_words(const char* memory, Size words) {
+    typedef std::uint32_t Lanes __attribute__((vector_size(64)));
+    constexpr Size kLanes = sizeof(Lanes) / 4;
+    Lanes sum = {}, weighted = {};
+    Size i = 0;
+    for (; i + kLanes <= words; i += kLanes) {
+        Lanes block;
+        std::memcpy(&block, memory + i * 4, sizeof block);
+        sum += block;
+        weighted += sum;
+    }
+    std::uint64_t hash = 1469598103934665603u;
+    const auto add = [&](std::uint32_t word) { hash = (hash ^ word) * 1099511628211u; };
+    for (Size lane = 0; lane < kLanes; ++lane) {
+        add(sum[lane]);
+        add(weighted[lane]);
+    }
+    for (; i < words; ++i) {
+        std::uint32_t word;
+        std::memcpy(&word, memory + i * 4, sizeof word);
+        add(word);
+    }
+    return hash;
+}
+
+// Of 64 words of each stretch, spread evenly; or of all.
+std::uint64_t hash_words(const std::array<Address, 3>& addresses, const std::array<Size, 3>& bytes,
+                         bool all) {
     constexpr Size kWords = 64;
     std::uint64_t hash = 1469598103934665603u;
     for (std::size_t i = 0; i < addresses.size(); ++i) {
         const char* memory = static_cast<const char*>(at(addresses[i]));
         const Size words = bytes[i] / 4, taken = words < kWords ? words : kWords;
+        if (all) {
+            hash = (hash ^ sum_words(memory, words)) * 1099511628211u;
+            // 16-bit weights may leave half a word.
+            for (Size k = words * 4; k < bytes[i]; ++k) {
+                hash = (hash ^ static_cast<unsigned char>(memory[k])) * 1099511628211u;
+            }
+            continue;
+        }
         for (Size k = 0; k < taken; ++k) {
             std::uint32_t word;
             std::memcpy(&word, memory + words * k / taken * 4, sizeof word);
@@ -288,8 +324,9 @@ void bind_nested_block_packing(py::module_& cpu) {
         py::call_guard<py::gil_scoped_release>(),
         "Pack the weights for nested_block_forward into 64-byte aligned memory; returns the bytes "
         "of it, which is all that it does with packed=0.");
-    cpu.def("sample", sample, py::arg("addresses"), py::arg("bytes"),
-            "A hash of some of the words of these stretches of memory.");
+    cpu.def("hash_words", hash_words, py::arg("addresses"), py::arg("bytes"), py::arg("all"),
+            py::call_guard<py::gil_scoped_release>(),
+            "A hash of these stretches of memory: of some of their words, or of all.");
 }
 
 void bind_nested_block_backward(py::module_& cpu) {

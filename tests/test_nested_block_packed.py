@@ -108,6 +108,18 @@ def swap_with_another(block: NestedBlock) -> None:
     block.conv_dw.weight = nn.Parameter(block.conv_dw.weight.detach().flip(0).clone())
 
 
+def same_memory_in_another_tensor(block: NestedBlock) -> None:
+    """Address, version, strides and sampled words of the old weight; only identity tells."""
+    old = block.mlp.fc2.weight
+    old.data[3, 1] += 1
+    new = nn.Parameter(old.data)
+    with torch.no_grad():
+        for _ in range(old._version):
+            new.add_(0)
+    assert (new.data_ptr(), new._version) == (old.data_ptr(), old._version)
+    block.mlp.fc2.weight = new
+
+
 CHANGES = [
     sgd,
     adam,
@@ -121,6 +133,7 @@ CHANGES = [
     swap_data,
     new_parameter,
     swap_with_another,
+    same_memory_in_another_tensor,
 ]
 
 
@@ -134,6 +147,31 @@ def test_sees_a_change(change: Callable[[NestedBlock], None]) -> None:
     assert not torch.equal(after, before)
     for _ in range(3):
         assert torch.equal(infer(block, x), fresh(block, x))
+
+
+WEIGHTS = ["mlp.fc1.weight", "conv_dw.weight", "mlp.fc2.weight"]
+
+
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_sees_one_element_through_data_from_512_pixels_on(
+    name: str, parameters: torch.dtype
+) -> None:
+    """Wherever it is, the last one too; whether it was packed for fewer pixels or for as many."""
+    block, _ = make()
+    block = block.to(parameters)
+    weight = block.get_parameter(name)
+    for size in (16, 4):  # of the calls that pack: two images are 512 or 32 pixels
+        small, large = (torch.randn(2, 8, n, n).to(parameters) for n in (size, 16))
+        for element in (0, 1, 101, weight.numel() - 2, weight.numel() - 1):
+            for _ in range(3):
+                infer(block, small)
+            before = infer(block, large)
+            assert next(iter(_packed._entries.values())).memory is not None
+            weight.data.view(-1)[element] += 4
+            after = infer(block, large)
+            assert not torch.equal(after, before), element
+            assert torch.equal(after, fresh(block, large)), element
 
 
 def test_dtypes_and_instruction_sets_do_not_mix() -> None:
