@@ -220,7 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"])
     options = parser.parse_args()
-    from bench import predict_backward
+    from bench import predict_backward, predict_small
 
     mixes: dict[tuple[str, str], collections.Counter[str]] = {}
     print("# Predicted time of the CUDA convolutions\n")
@@ -242,7 +242,8 @@ def main() -> None:
     print(
         f"\nClocks per output and SM, ConvNeSt-T in bf16 at batch {BATCH}: the two largest terms,"
     )
-    print("and the predicted share of DRAM's peak (100%: bound by memory).\n")
+    print("and the predicted share of DRAM's peak (100%: bound by memory). Stage 4 runs where the")
+    print("image is the tile (below); here stands what it would take on the canvas.\n")
     print("| kernel | chip | " + " | ".join(f"{n} {s}², D {c}" for n, s, c in STAGES) + " |")
     print("|---|---|" + "---|" * len(STAGES))
     for conv in CONVOLUTIONS:
@@ -253,6 +254,7 @@ def main() -> None:
             cells = [share(predict(chip, conv, mix, size, C)) for _, size, C in STAGES]
             print(f"| {conv.label} | {chip.name} | " + " | ".join(cells) + " |")
     predict_backward.report(options.arch)
+    predict_small.report(options.arch)
     print("\n## float32, on the FMA units\n")
     print(
         "The product loop alone (the fill of shared memory comes on top), at every stage shape.\n"

@@ -4,11 +4,13 @@
 //     2  row_statistics_kernel   y = LN(act(c)) or act(LN(c))  reads c; writes y, mean, rstd
 //
 // c is rounded to the activations' type before the norm (docs/math.md). Instances: 1: 2 element
-// types × kernel sizes 3, 5, 7, 9 × vector or scalar access = 16; 2: 3 × 3 norms × 2 = 18. Float32
-// and the larger kernel sizes take 1 on the FMA units (depthwise_fma.cu).
+// types × kernel sizes 3, 5, 7, 9 × vector or scalar access = 16; 2: 3 × 3 norms × 2 = 18. Small
+// maps take 1 where the image is the tile (depthwise_small.cu), float32 and the larger kernel sizes
+// on the FMA units (depthwise_fma.cu).
 #include "common/convolution_limits.h"
 #include "common/depthwise.cuh"
 #include "common/depthwise_fma.cuh"
+#include "common/depthwise_small.h"
 #include "common/plan.cuh"
 #include "common/row_statistics.cuh"
 #include "dwconv_gelu_layernorm_cuda.h"
@@ -78,6 +80,28 @@ void launch_fwd(const Params& p, void* stream) {
 }
 
 template <class Element>
+void launch_small_fwd(const Params& p, int kernel_size, ElementType type, void* stream) {
+    launch_depthwise_small("dwconv_gelu_layernorm_small_fwd", MapSource::tensor,
+                           {.x = static_cast<const std::uint16_t*>(p.x),
+                            .y = static_cast<std::uint16_t*>(p.c),
+                            .u = nullptr,
+                            .mean = nullptr,
+                            .rstd = nullptr,
+                            .ln_weight = nullptr,
+                            .ln_bias = nullptr,
+                            .shortcut = false,
+                            .weight = p.conv_weight,
+                            .bias = p.conv_bias,
+                            .N = p.N,
+                            .H = p.H,
+                            .W = p.W,
+                            .C = p.C,
+                            .channel_blocks = 0},
+                           kernel_size, type, stream);
+    normalize<Element, true>(p, stream);
+}
+
+template <class Element>
 void launch_fma_fwd(const Params& p, int kernel_size, ElementType type, void* stream) {
     const bool vector = takes_vectors(p);
     launch_depthwise_fma("dwconv_gelu_layernorm_fma_fwd",
@@ -105,6 +129,9 @@ void launch_fma_fwd(const Params& p, int kernel_size, ElementType type, void* st
 
 template <class Element>
 void launch_fwd(const Params& p, int kernel_size, ElementType type, void* stream) {
+    if (takes_vectors(p) && takes_small_map(p.N, p.H, p.W, kernel_size)) {
+        return launch_small_fwd<Element>(p, kernel_size, type, stream);
+    }
     if (!on_tensor_cores(kernel_size, type)) {
         return launch_fma_fwd<Element>(p, kernel_size, type, stream);
     }

@@ -7,7 +7,8 @@
 //
 // Instances: 1: 3 element types × 3 norms × (1 or 2 vectors of a row) × vector or scalar access =
 // 36; 2 and 3: 2 × kernel sizes 3, 5, 7, 9 × 2 = 16 each. Float32 and the larger kernel sizes take
-// 2 and 3 on the FMA units (depthwise_fma.cu).
+// 2 and 3 on the FMA units (depthwise_fma.cu). Small maps take 2 and 3 in one kernel, where the
+// image is the tile (depthwise_small_bwd.cu).
 #include "common/conv_backward.cuh"
 #include "common/depthwise.cuh"
 #include "dwconv_gelu_layernorm_cuda.h"
@@ -59,6 +60,14 @@ struct Backward : ConvBackward<Params> {
         } else {
             norm_backward<Element, NormOrder::gelu_then_norm, kVector>();
         }
+    }
+
+    template <class Element>
+    void launch_small_map() const {
+        norm_backward<Element, true>();
+        launch_small("dwconv_gelu_layernorm_small_bwd", MapSource::tensor, p.x, dc, p.dx, nullptr,
+                     nullptr);
+        sum_up(true);
     }
 
     template <class Element, int K, bool kVector>
@@ -126,8 +135,12 @@ void launch_dwconv_gelu_layernorm_bwd(const Params& p, int kernel_size, ElementT
     check_dwconv_gelu_layernorm(p.N, p.H, p.W, p.C, kernel_size, type);
     const Backward backward(p, kernel_size, type, stream);
     const bool vector = backward.takes_vectors();
+    const bool small = vector && may_be_small(p.N, p.H, p.W, kernel_size, type);
     with_element(type, kernel_size, [&](auto element, auto tensor) {
         using Element = decltype(element);
+        if constexpr (!std::is_same_v<Element, Float32>) {
+            if (small) return backward.launch_small_map<Element>();
+        }
         if constexpr (decltype(tensor)::value) {
             with_band_size(kernel_size, [&](auto K) {
                 vector ? backward.launch<Element, K(), true>()

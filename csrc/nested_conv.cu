@@ -1,10 +1,12 @@
 // nested_conv on CUDA devices: which kernel, which tiles, and the launches. Instances of the
 // forward kernel: 2 element types × kernel sizes 3, 5, 7, 9 × vector or scalar access = 16; of its
-// statistics: 6. Float32 and the larger kernel sizes run on the FMA units (depthwise_fma.cu).
+// statistics: 6. Small maps run where the image is the tile (depthwise_small.cu), float32 and the
+// larger kernel sizes on the FMA units (depthwise_fma.cu).
 #include "nested_conv.cuh"
 
 #include "common/convolution_limits.h"
 #include "common/depthwise_fma.cuh"
+#include "common/depthwise_small.h"
 #include "common/plan.cuh"
 
 namespace convnest::cuda {
@@ -67,6 +69,29 @@ void launch_fwd(const NestedConvFwdParams& p, int kernel_size, void* stream) {
 }
 
 template <class Element>
+void launch_small_fwd(const NestedConvFwdParams& p, int kernel_size, ElementType type,
+                      void* stream) {
+    launch_statistics<Element, true>(p, stream);
+    launch_depthwise_small("nested_conv_small_fwd", MapSource::gelu_norm,
+                           {.x = static_cast<const std::uint16_t*>(p.h),
+                            .y = static_cast<std::uint16_t*>(p.v),
+                            .u = static_cast<std::uint16_t*>(p.u),
+                            .mean = p.mean,
+                            .rstd = p.rstd,
+                            .ln_weight = p.ln_weight,
+                            .ln_bias = p.ln_bias,
+                            .shortcut = p.shortcut,
+                            .weight = p.conv_weight,
+                            .bias = p.conv_bias,
+                            .N = p.N,
+                            .H = p.H,
+                            .W = p.W,
+                            .C = p.C,
+                            .channel_blocks = 0},
+                           kernel_size, type, stream);
+}
+
+template <class Element>
 void launch_fma_fwd(const NestedConvFwdParams& p, int kernel_size, ElementType type, void* stream) {
     const bool vector = takes_vectors(p);
     vector ? launch_statistics<Element, true>(p, stream)
@@ -107,11 +132,15 @@ void launch_nested_conv_fwd(const NestedConvFwdParams& params, int kernel_size, 
                             void* stream) {
     check_nested_conv(params.N, params.H, params.W, params.C, kernel_size, type);
     const bool tensor = on_tensor_cores(kernel_size, type);
+    const bool small =
+        takes_vectors(params) && takes_small_map(params.N, params.H, params.W, kernel_size);
     switch (type) {
         case ElementType::bfloat16:
+            if (small) return launch_small_fwd<BFloat16>(params, kernel_size, type, stream);
             return tensor ? launch_fwd<BFloat16>(params, kernel_size, stream)
                           : launch_fma_fwd<BFloat16>(params, kernel_size, type, stream);
         case ElementType::float16:
+            if (small) return launch_small_fwd<Float16>(params, kernel_size, type, stream);
             return tensor ? launch_fwd<Float16>(params, kernel_size, stream)
                           : launch_fma_fwd<Float16>(params, kernel_size, type, stream);
         case ElementType::float32:

@@ -9,7 +9,9 @@
 //
 // Ten passes over wide tensors. Instances: 1 and 2: 2 element types × kernel sizes 3, 5, 7, 9 ×
 // vector or scalar access = 16 each; 3: 3 × 2 × (1 or 2 vectors of a row) = 12. Float32 and the
-// larger kernel sizes take 1 and 2 on the FMA units (depthwise_fma.cu).
+// larger kernel sizes take 1 and 2 on the FMA units (depthwise_fma.cu). Small maps take 1 and 2 in
+// one kernel, where the image is the tile (depthwise_small_bwd.cu): nine passes, and by prediction
+// less time than two kernels on a canvas half full.
 #include "common/conv_backward.cuh"
 #include "common/depthwise.cuh"
 #include "nested_conv_bwd_fused.h"
@@ -28,7 +30,7 @@ struct Backward : ConvBackward<NestedConvBwdParams> {
         : ConvBackward(p, kernel_size, type, stream, kWideTensors), du(wide(0)), dz(wide(1)) {}
 
     template <class Element, bool kVector>
-    void finish() const {
+    void finish(bool small = false) const {
         if (p.dh != nullptr || norm_partials() != nullptr) {
             launch_layernorm_bwd<Element, NormOrder::gelu_then_norm, kVector>(
                 "nested_conv_finish",
@@ -47,7 +49,13 @@ struct Backward : ConvBackward<NestedConvBwdParams> {
                  .groups = 0},
                 stream);
         }
-        sum_up();
+        sum_up(small);
+    }
+
+    template <class Element>
+    void launch_small_map() const {
+        launch_small("nested_conv_small_bwd", MapSource::gelu_norm, p.h, p.dv, dz, p.u, du);
+        finish<Element, true>(true);
     }
 
     template <class Element, int K, bool kVector>
@@ -102,8 +110,13 @@ bool takes_vectors(const NestedConvBwdParams& p) {
     return p.C % 8 == 0 && aligned(p.dv) && aligned(p.h) && aligned(p.u) && aligned(p.dh);
 }
 
+bool takes_small_map(const NestedConvBwdParams& p, int kernel_size, ElementType type) {
+    return takes_vectors(p) && may_be_small(p.N, p.H, p.W, kernel_size, type);
+}
+
 bool takes_two_kernels(const NestedConvBwdParams& p, int kernel_size, ElementType type) {
     return on_tensor_cores(kernel_size, type) && takes_vectors(p) &&
+           !takes_small_map(p, kernel_size, type) &&
            fuses_nested_conv_bwd(kernel_size, device_shared_bytes());
 }
 
@@ -124,9 +137,12 @@ void launch_nested_conv_bwd(const NestedConvBwdParams& p, int kernel_size, Eleme
         return launch_nested_conv_bwd_fused(p, kernel_size, type, stream);
     }
     const Backward backward(p, kernel_size, type, stream);
-    const bool vector = takes_vectors(p);
+    const bool vector = takes_vectors(p), small = takes_small_map(p, kernel_size, type);
     with_element(type, kernel_size, [&](auto element, auto tensor) {
         using Element = decltype(element);
+        if constexpr (!std::is_same_v<Element, Float32>) {
+            if (small) return backward.launch_small_map<Element>();
+        }
         if constexpr (decltype(tensor)::value) {
             with_band_size(kernel_size, [&](auto K) {
                 vector ? backward.launch<Element, K(), true>()

@@ -24,6 +24,8 @@ SOURCES = [
     "gelu_layernorm.cu",
     "layernorm_residual.cu",
     "depthwise_fma.cu",
+    "depthwise_small.cu",
+    "depthwise_small_bwd.cu",
 ]
 ARCHS = ["sm_80", "sm_90"]
 MORE_ARCHS = ["sm_86", "sm_89", "sm_100", "sm_120"]
@@ -41,6 +43,8 @@ REGISTERS = {
     "sum_partials_kernel": 32,
     "depthwise_fma_kernel": 128,
     "depthwise_fma_wgrad_kernel": 128,
+    "depthwise_small_kernel": 128,
+    "depthwise_small_bwd_kernel": 128,
 }
 FMA = ("depthwise_fma_kernel", "depthwise_fma_wgrad_kernel")
 # With more taps than 7×7 one block of 256 threads, or two of 192, share an SM.
@@ -54,6 +58,16 @@ CONVOLUTIONS = (
     "depthwise_wgrad_kernel",
     "nested_conv_bwd_kernel",
 )
+
+# Small maps: a warp's share of a tile of 16 images and 16 channels, 7×7 in bf16. Of the forward's
+# plain convolution three blocks are to share an SM.
+SMALL = ("depthwise_small_kernel", "depthwise_small_bwd_kernel")
+SMALL_INSTRUCTIONS = {
+    ("depthwise_small_kernel", "(MapSource)0"): 520,
+    ("depthwise_small_kernel", "(MapSource)1"): 2980,
+    ("depthwise_small_bwd_kernel", "(MapSource)0"): 920,
+    ("depthwise_small_bwd_kernel", "(MapSource)1"): 2900,
+}
 
 # A warp's stage of a 7×7 in bf16, 1024 nominal outputs or (both gradients) 512, takes this many
 # warp instructions at most.
@@ -105,6 +119,10 @@ def test_no_spills_and_registers_within_budget(compiled, request):
         budget = 255 if roomy else REGISTERS[name]
         if name in FMA:
             budget = FMA_REGISTERS.get(int(parameters[1]), budget)
+        if name == "depthwise_small_kernel" and parameters[3] == "(MapSource)0":
+            budget = 80
+        if name == "depthwise_small_bwd_kernel" and int(parameters[1]) > 7:
+            budget = 255
         assert kernel.registers <= budget, kernel.name
 
 
@@ -122,6 +140,36 @@ def test_the_convolutions_run_on_the_tensor_cores(compiled):
         products = sum(n for op, n in mix.items() if op.startswith("HMMA"))
         beside = {"depthwise_wgrad_kernel": 8, "nested_conv_bwd_kernel": 4 + 4}.get(name, 0)
         assert products == 8 * size + beside, kernel.name
+
+
+def pairs_of_rows(size: int, side: int) -> int:
+    """Pairs of input rows (2p, 2p + 1) that a row y of a map meets, over all y."""
+    radius = size // 2
+    return sum(-1 <= 2 * p - y + radius < size for p in range(4) for y in range(side))
+
+
+@reads_machine_code
+def test_small_maps_run_on_the_tensor_cores(compiled):
+    for kernel in compiled:
+        name, parameters = parse(kernel)
+        if name not in SMALL:
+            continue
+        element, size, side, source = parameters[0], *map(int, parameters[1:3]), parameters[3]
+        # Both channels of a warp; backward: twice the pairs, and a row of ones for the bias
+        pairs = pairs_of_rows(size, side)
+        products = pairs if name == "depthwise_small_kernel" else 2 * pairs + side
+        assert kernel.count("HMMA.16816.F32") == 2 * products, kernel.name
+        mix = kernel.instructions if name == SMALL[0] else list(kernel.stage_mix(1).elements())
+        found = [op if isinstance(op, str) else op[0] for op in mix]
+        reads = [op for op in found if op.startswith("LDG") and "128" in op]
+        writes = [op for op in found if op.startswith("STG")]
+        nested = source == "(MapSource)1"
+        backward = name == SMALL[1]
+        assert len(reads) == side * (1 + backward * (1 + nested)), kernel.name
+        assert writes and all("128" in op for op in writes), kernel.name
+        if (element, size, side) == ("BFloat16", 7, 7):
+            code = [op for op in found if not op.endswith(":") and op != "NOP"]
+            assert len(code) <= SMALL_INSTRUCTIONS[name, source], (kernel.name, len(code))
 
 
 @reads_machine_code
@@ -196,13 +244,15 @@ def test_template_instances_are_as_counted_in_the_sources():
     assert len(kernels("gelu_layernorm.cu", "sm_80")) == 12 + 24 + 1
     assert len(kernels("layernorm_residual.cu", "sm_80")) == 6 + 12 + 1
     assert len(kernels("depthwise_fma.cu", "sm_80")) == 10 + 10
+    assert len(kernels("depthwise_small.cu", "sm_80")) == 28
+    assert len(kernels("depthwise_small_bwd.cu", "sm_80")) == 28
 
 
 @pytest.mark.skipif(emulation.missing() is not None, reason=str(emulation.missing()))
 def test_shared_memory_within_budget():
     """Two blocks and 2 KB of the system's in sm_80's 164 KB; one block in sm_86's 99 KB."""
     lib = emulation.library()
-    for kernel in range(3):
+    for kernel in (0, 1, 2, 5, 6):
         assert 0 < lib.shared_bytes_of_7x7(kernel) <= (164 * 1024 - 2048) // 2
     # Both gradients at once: one block of 512 threads and 1 KB in sm_80's 164 KB and sm_86's 100 KB
     assert 99 * 1024 < lib.shared_bytes_of_7x7(3) <= 163 * 1024

@@ -6,7 +6,7 @@ import ctypes
 
 import pytest
 
-from bench import predict, predict_backward
+from bench import predict, predict_backward, predict_small
 from tests import emulation
 
 
@@ -53,4 +53,18 @@ def test_the_fma_kernels_bound_is_their_products():
     )
     assert terms["fp32"] == pytest.approx(49 / 64)
     assert terms["issue"] == pytest.approx(356 / 7 / 128)
+    assert terms["memory"] < 1e-6
+
+
+def test_small_maps_are_counted_by_the_tile():
+    chip = predict.Chip("fast", "sm_90", 100, 1e9, 1e18, 1024, 64)
+    forward = predict_small.SMALL_MAPS[2]
+    mix = predict.collections.Counter({"HMMA.16816.F32.BF16": 44, "PRMT": 56, "LDS": 28})
+    terms = predict_small.predict_small(chip, forward, mix)
+    tile = 16 * 16 * 49
+    assert terms["issue"] == pytest.approx(8 * 128 / tile / 4)
+    assert terms["tensor"] == pytest.approx(8 * 44 * 2048 / tile / 1024)
+    assert terms["alu"] == pytest.approx(8 * 56 * 32 / tile / 64)
+    # Fill 256, windows 256, bands 64 + 224, outputs 224, drain 224
+    assert terms["shared"] == pytest.approx(1248 / tile)
     assert terms["memory"] < 1e-6

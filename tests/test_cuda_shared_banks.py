@@ -128,3 +128,61 @@ def test_matrix_loads_of_pair_planes(channel):
     ]
     assert wavefronts(masks, 16) == 4
     assert wavefronts([base + 16 + n * 4 for n in range(32)], 4) == 1
+
+
+MAP_PLANE = 8 * 256 + 64
+
+
+def test_small_maps_fill_and_drain():
+    """A thread's row of an image, 8 pixels of a channel (common/small_map.cuh)."""
+    for row, i in ((r, i) for r in range(8) for i in range(8)):
+        cells = [(2 * i + (n & 1)) * MAP_PLANE + row * 256 + (n >> 1) * 16 for n in range(32)]
+        assert wavefronts(cells, 16) == 4
+
+
+@pytest.mark.parametrize("channel", range(16))
+def test_small_maps_matrices(channel):
+    base = plane_of(channel) * MAP_PLANE
+    for pair in range(4):
+        rows = [base + pair * 512 + n * 16 for n in range(32)]
+        transposed = [
+            base + pair * 512 + (n & 7) * 16 + (n >> 3 & 1) * 256 + (n >> 4) * 128
+            for n in range(32)
+        ]
+        for addresses in (rows, transposed):
+            assert len(set(addresses)) == 32
+            assert wavefronts(addresses, 16) == 4
+    assert wavefronts([base + n * 4 for n in range(32)], 4) == 1
+
+
+@pytest.mark.parametrize("size", [3, 5, 7, 9, 11, 13])
+def test_small_maps_bands(size):
+    words = []
+    for lane in range(32):
+        index = 2 * (lane & 3) - (lane >> 2) + 7
+        words.append(8 + (index + 1) // 2 if index & 1 else index // 2)
+    assert all(0 <= word < 16 for word in words)
+    assert wavefronts([word * 4 for word in words], 4) == 1
+    # The fill: a thread writes a row of 20 words, 16 bytes at a time.
+    for first in range(0, 16 * size - 31, 32):
+        assert wavefronts([(first + n) * 80 for n in range(32)], 16) == 4
+
+
+@pytest.mark.parametrize("size", [3, 5, 7, 9, 11, 13])
+def test_small_maps_diagonals(size):
+    """The sums of the products' diagonals: two wavefronts at most."""
+    row_words = 64 + size + 1
+    rows = min(size, MAP_PLANE // 4 // row_words)
+    assert rows * row_words * 4 <= MAP_PLANE
+    for row in range(rows):
+        stores = [(row * row_words + (n >> 2) * 8 + (n & 3) * 2) * 4 for n in range(32)]
+        assert all(address % 8 == 0 for address in stores)
+        assert wavefronts(stores, 8) == 2
+    for tap in range(0, rows * size, 32):
+        for j in range(8):
+            loads: list[int | None] = []
+            for row, kx in (divmod(t, size) for t in range(tap, tap + 32)):
+                d = kx - size // 2
+                inside = row < rows and 0 <= j - d < 8
+                loads.append((row * row_words + 9 * j - d) * 4 if inside else None)
+            assert wavefronts(loads, 4) <= 2

@@ -6,6 +6,7 @@
 
 #include "common/convolution_limits.h"
 #include "common/depthwise_fma_wgrad.cuh"
+#include "common/depthwise_small.h"
 #include "common/depthwise_wgrad.cuh"
 #include "common/layernorm_bwd.cuh"
 #include "common/plan.cuh"
@@ -74,6 +75,10 @@ struct ParameterPartials {
     }
 };
 
+inline bool may_be_small(int N, int H, int W, int kernel_size, ElementType type) {
+    return type != ElementType::float32 && takes_small_map(N, H, W, kernel_size);
+}
+
 // How the weight gradient is cut, and where everything lies in the workspace: wide tensors (of the
 // activations' shape and type) first.
 struct ConvBackwardPlan {
@@ -98,6 +103,11 @@ struct ConvBackwardPlan {
         } else {
             fma_wgrad = plan_fma_wgrad(N, H, W, C, kernel_size);
             groups = fma_wgrad.groups;
+        }
+        // Room for either way: pointers that allow no vectors send a small map the other one.
+        if (may_be_small(N, H, W, kernel_size, type)) {
+            const int small_groups = small_map_groups(N, C);
+            groups = small_groups > groups ? small_groups : groups;
         }
         const int norm_groups = plan_rows(static_cast<std::uint32_t>(N * H) * W, C).groups;
         Workspace workspace{bytes};
@@ -176,7 +186,45 @@ struct ConvBackward {
                                    plan.fma_wgrad, kernel_size, type, stream);
     }
 
-    void sum_up() const { plan.partials.sum_up(p, stream); }
+    // Both gradients of the convolution on a small map, from x and dy; `u` and `du`: of gelu_norm.
+    void launch_small(const char* name, MapSource source, const void* x, const void* dy, void* dx,
+                      const void* u, void* du) const {
+        const bool taps = p.dconv_weight != nullptr || p.dconv_bias != nullptr;
+        if (dx == nullptr && !taps) return;
+        launch_depthwise_small_bwd(name, source,
+                                   {.x = static_cast<const std::uint16_t*>(x),
+                                    .dy = static_cast<const std::uint16_t*>(dy),
+                                    .dx = static_cast<std::uint16_t*>(dx),
+                                    .u = static_cast<const std::uint16_t*>(u),
+                                    .du = static_cast<std::uint16_t*>(du),
+                                    .mean = p.mean,
+                                    .rstd = p.rstd,
+                                    .ln_weight = p.ln_weight,
+                                    .ln_bias = p.ln_bias,
+                                    .weight = p.conv_weight,
+                                    .dweight = taps ? partials(plan.partials.weight) : nullptr,
+                                    .dbias = partials(plan.partials.bias),
+                                    .N = p.N,
+                                    .H = p.H,
+                                    .W = p.W,
+                                    .C = p.C,
+                                    .groups = small_map_groups(p.N, p.C),
+                                    .channel_blocks = 0},
+                                   kernel_size, type, stream);
+    }
+
+    // `small`: after launch_small.
+    void sum_up(bool small = false) const {
+        ParameterPartials written = plan.partials;
+        if (small) {
+            written.tap_groups = small_map_groups(p.N, p.C);
+        } else if (on_tensor_cores(kernel_size, type)) {
+            written.tap_groups = plan.wgrad.groups;
+        } else {
+            written.tap_groups = plan.fma_wgrad.groups;
+        }
+        written.sum_up(p, stream);
+    }
 };
 
 }  // namespace convnest::cuda

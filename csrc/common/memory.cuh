@@ -79,6 +79,15 @@ __device__ __forceinline__ void keep_order() {
 #endif
 }
 
+// The value itself. What follows from it is computed where it stands, and not held in registers
+// across a loop.
+__device__ __forceinline__ int recompute_from(int value) {
+#if defined(__CUDACC__)
+    asm volatile("" : "+r"(value));
+#endif
+    return value;
+}
+
 // 16 bytes, or a float, from global to shared memory, seen by this thread after async_copy_wait(),
 // and by the others after a barrier behind that.
 __device__ __forceinline__ void async_copy16(void* shared, const void* global) {

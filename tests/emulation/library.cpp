@@ -1,6 +1,8 @@
 // The kernels under the host emulation, as a C library for ctypes. Every function returns 0, or 1
 // with the reason in emulation_error(). Buffers that kernels may touch are declared beforehand.
 #include "common/depthwise.cuh"
+#include "common/depthwise_small.cuh"
+#include "common/depthwise_small_bwd.cuh"
 #include "common/depthwise_wgrad.cuh"
 #include "dwconv_gelu_layernorm_cuda.h"
 #include "gelu_layernorm_cuda.h"
@@ -38,15 +40,22 @@ int nested_conv_bwd_fuses(int kernel_size, int shared_bytes) {
 }
 
 // Of the forward, the input gradient, the weight gradient, and the two in one, with and without the
-// next stage on its way.
+// next stage on its way; of small maps, forward and backward.
 int shared_bytes_of_7x7(int kernel) {
     using namespace convnest::cuda;
     const std::size_t bytes[] = {
-        sizeof(NestedConvFwdShared<7>), sizeof(DepthwiseShared<7, Source::gelu_gradient>),
-        sizeof(DepthwiseWgradShared<7>), sizeof(NestedConvBwdShared<7, true>),
-        sizeof(NestedConvBwdShared<7, false>)};
+        sizeof(NestedConvFwdShared<7>),        sizeof(DepthwiseShared<7, Source::gelu_gradient>),
+        sizeof(DepthwiseWgradShared<7>),       sizeof(NestedConvBwdShared<7, true>),
+        sizeof(NestedConvBwdShared<7, false>), sizeof(DepthwiseSmallShared<7>),
+        sizeof(DepthwiseSmallBwdShared<7>)};
     return static_cast<int>(bytes[kernel]);
 }
+
+int takes_small_map(int N, int H, int W, int kernel_size) {
+    return convnest::cuda::takes_small_map(N, H, W, kernel_size);
+}
+
+int small_map_groups(int N, int C) { return convnest::cuda::small_map_groups(N, C); }
 
 // Outputs as a fraction of the pixels that the items march over, 128 to a row, in stages.
 double canvas_efficiency(int images, int height, int width, int radius, int wanted_items,
