@@ -391,7 +391,10 @@ def test_two_kernels_run_where_their_shared_memory_fits():
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if case.keep and takes_two_kernels(case)], ids=str
+    "case",
+    # More channels are more blocks of the same.
+    [case for case in CASES if case.keep and takes_two_kernels(case) and case.shape[-1] <= 32],
+    ids=str,
 )
 def test_two_kernels_give_the_same_bits_with_and_without_prefetch(case):
     inputs = arguments(case)
