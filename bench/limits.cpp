@@ -75,7 +75,7 @@ double gelu_rate() {
     const double seconds = best_seconds(kRuns, [] {
         for (int pass = 0; pass < kPasses; ++pass) {
             over_channels<float>(kElements, [](std::int64_t i, auto lanes) CONVNEST_INLINE_LAMBDA {
-                store_all(results + i, gelu_of(load_all(values + i, lanes)));
+                store_all(results + i, gelu_of<float>(load_all(values + i, lanes)));
             });
             asm volatile("" ::: "memory");
         }

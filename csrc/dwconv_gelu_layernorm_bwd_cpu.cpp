@@ -11,6 +11,7 @@
 // A chunk is a run of bands, a band some rows of one image. A band marches down with a ring of rows
 // of dc, made pixel by pixel as they enter; then, per vector of channels, both gradients of the
 // convolution come from the same ring.
+#include "common/call.h"
 #include "common/layernorm.h"
 #include "common/parameters.h"
 #include "common/partition.h"
@@ -43,11 +44,9 @@ struct Backward {
         A* f;       // [Cp]
         A* dgamma;  // [Cp], of one row
         A* dbeta;   // [Cp]
-        std::size_t bytes;
     };
 
-    Scratch carve(char* base) const {
-        Carver carver(base);
+    Scratch take_scratch(Carver& carver) const {
         Scratch s;
         s.dc = step.take_ring(carver);
         s.x = carver.take<A>(step.blocks * x_block());
@@ -57,7 +56,6 @@ struct Backward {
         s.f = carver.take<A>(step.channels);
         s.dgamma = carver.take<A>(step.channels);
         s.dbeta = carver.take<A>(step.channels);
-        s.bytes = carver.used();
         return s;
     }
 
@@ -65,14 +63,16 @@ struct Backward {
 
     static void prepare(char* base, void* context) {
         const Backward& f = *static_cast<const Backward*>(context);
-        const Scratch s = f.carve(base);
+        Carver carver(base);
+        const Scratch s = f.take_scratch(carver);
         s.dc.clear(f.step.blocks);
         for (std::int64_t i = 0; i < f.step.blocks * f.x_block(); ++i) s.x[i] = 0;
     }
 
     static void run_chunk(std::int64_t chunk, char* base, void* context) {
         const Backward& f = *static_cast<const Backward*>(context);
-        const Scratch s = f.carve(base);
+        Carver carver(base);
+        const Scratch s = f.take_scratch(carver);
         f.partials.clear(chunk);
         const Range units = part_of(f.p.N * f.bands, f.chunks, chunk);
         for (std::int64_t unit = units.begin; unit < units.end; ++unit) f.run_band(s, unit, chunk);
@@ -108,16 +108,16 @@ struct Backward {
             const A rstd = static_cast<const A*>(p.rstd)[first + x];
             ChannelSum<A> sum_f, sum_fx;
             over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-                auto a = load_as(conv + c, lanes), e = load_as(dy + c, lanes);
+                auto a = load_ahead(conv + c, lanes), e = load_ahead(dy + c, lanes);
                 const auto gamma = load_all(ln_weight + c, lanes);
                 if (gelu_before) {
-                    const auto act = gelu_and_grad_of(a);
+                    const auto act = gelu_and_grad_of<T>(a);
                     store_all(s.slope + c, act.grad);
                     a = act.value;
                 }
                 const auto xhat = (a - mean) * rstd;
                 if (gelu_after)
-                    e = e * gelu_and_grad_of(xhat * gamma + load_all(ln_bias + c, lanes)).grad;
+                    e = e * gelu_and_grad_of<T>(xhat * gamma + load_all(ln_bias + c, lanes)).grad;
                 const auto f = e * gamma;
                 store_all(s.xhat + c, xhat);
                 store_all(s.f + c, f);
@@ -144,7 +144,7 @@ struct Backward {
                 const T* in = static_cast<const T*>(p.x) + ((n * p.H + y + r) * p.W + x) * p.C;
                 A* out = s.x + (r * step.tiles.width() + x) * L;
                 over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-                    store_all(out, load_as(in + c, lanes), x_block());
+                    store_all(out, load_ahead(in + c, lanes), x_block());
                     out += lanes.kVectors * x_block();
                 });
             }
@@ -192,32 +192,24 @@ void backward(const DwconvGeluLayernormBwdParams& p) {
     row_kernels(p.K, &f.kernels);
     f.bands = backward_bands(p.N, p.H, p.K);
     f.chunks = chunk_count(p.N * f.bands, Partials<A>::bytes(p.C, taps));
-    const auto carve = [&](char* base) {
-        Carver carver(base);
+    const CarvedScratch memory([&](Carver& carver) {
         f.weight_flip = carver.take<A>(f.step.channels * taps);
         f.ln_weight = carver.take<A>(f.step.channels);
         f.ln_bias = carver.take<A>(f.step.channels);
         f.partials = Partials<A>::take(carver, f.chunks, p.C, taps);
-        return carver.used();
-    };
-    const CallScratch memory(carve(nullptr));
-    carve(memory.data());
+    });
     copy_parameter(p.ln_weight, A(1), p.C, f.ln_weight);
     copy_parameter(p.ln_bias, A(0), p.C, f.ln_bias);
     WeightCopy<A>{static_cast<const A*>(p.conv_weight), f.weight_flip, p.C, taps, true}.run();
-    run_units({f.chunks, f.carve(nullptr).bytes, f.prepare, f.run_chunk, &f});
+    const std::size_t scratch = bytes_of([&](Carver& carver) { f.take_scratch(carver); });
+    run_units({f.chunks, scratch, f.prepare, f.run_chunk, &f});
     f.partials.sum(p.dconv_weight, p.dconv_bias, p.dln_weight, p.dln_bias);
 }
 
 }  // namespace
 
 void dwconv_gelu_layernorm_backward(const DwconvGeluLayernormBwdParams& p) {
-    switch (p.dtype) {
-        case DType::kFloat32: return backward<float>(p);
-        case DType::kFloat64: return backward<double>(p);
-        case DType::kBFloat16: return backward<BFloat16>(p);
-        case DType::kFloat16: return backward<Float16>(p);
-    }
+    with_type(p.dtype, [&](auto type) { backward<typename decltype(type)::type>(p); });
 }
 
 }  // namespace convnest::CONVNEST_ISA

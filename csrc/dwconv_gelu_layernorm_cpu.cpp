@@ -6,6 +6,7 @@
 // every pixel's channels, contiguous there, get bias, activation and norm.
 #include "dwconv_gelu_layernorm.h"
 
+#include "common/call.h"
 #include "common/layernorm.h"
 #include "common/parameters.h"
 #include "common/partition.h"
@@ -30,26 +31,25 @@ struct Forward {
     struct Scratch {
         Ring<A> x;
         A* conv;  // [S][W][Cp]
-        std::size_t bytes;
     };
 
-    Scratch carve(char* base) const {
-        Carver carver(base);
+    Scratch take_scratch(Carver& carver) const {
         Scratch s;
         s.x = step.take_ring(carver);
         s.conv = carver.take<A>(step.rows * p.W * step.pixel);
-        s.bytes = carver.used();
         return s;
     }
 
     static void prepare(char* base, void* context) {
         const Forward& f = *static_cast<const Forward*>(context);
-        f.carve(base).x.clear(f.step.blocks);
+        Carver carver(base);
+        f.take_scratch(carver).x.clear(f.step.blocks);
     }
 
     static void run_unit(std::int64_t unit, char* base, void* context) {
         const Forward& f = *static_cast<const Forward*>(context);
-        const Scratch s = f.carve(base);
+        Carver carver(base);
+        const Scratch s = f.take_scratch(carver);
         const std::int64_t n = unit / f.bands;
         const Range band = part_of(f.p.H, f.bands, unit % f.bands);
         std::int64_t entered = f.step.first_row(band.begin);
@@ -79,7 +79,7 @@ struct Forward {
             // there.
             auto value = rounded_to<T>(load_all(row + c, lanes) + load_all(conv_bias + c, lanes));
             if (kept != nullptr) store_as(kept + c, value, lanes);
-            if (gelu_before) value = gelu_of(value);
+            if (gelu_before) value = gelu_of<T>(value);
             store_all(row + c, value);
             sum.add(value);
         });
@@ -87,7 +87,7 @@ struct Forward {
         over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
             const auto xhat = (load_all(row + c, lanes) - stats.mean) * stats.rstd;
             auto value = xhat * load_all(ln_weight + c, lanes) + load_all(ln_bias + c, lanes);
-            if (gelu_after) value = gelu_of(value);
+            if (gelu_after) value = gelu_of<T>(value);
             store_as(y + c, value, lanes);
         });
         if (p.mean != nullptr) static_cast<A*>(p.mean)[pixel] = stats.mean;
@@ -101,32 +101,24 @@ void forward(const DwconvGeluLayernormFwdParams& p) {
     Forward<T> f{p, RowStep<A>::plan(p.H, p.W, p.C, p.K), {}, 0, {}, {}, {}, {}};
     row_kernels(p.K, &f.kernels);
     f.bands = forward_bands(p.N, p.H, p.K, num_threads());
-    const auto carve = [&](char* base) {
-        Carver carver(base);
+    const CarvedScratch memory([&](Carver& carver) {
         f.weight = carver.take<A>(f.step.channels * p.K * p.K);
         f.conv_bias = carver.take<A>(f.step.channels);
         f.ln_weight = carver.take<A>(f.step.channels);
         f.ln_bias = carver.take<A>(f.step.channels);
-        return carver.used();
-    };
-    const CallScratch memory(carve(nullptr));
-    carve(memory.data());
+    });
     copy_parameter(p.conv_bias, A(0), p.C, f.conv_bias);
     copy_parameter(p.ln_weight, A(1), p.C, f.ln_weight);
     copy_parameter(p.ln_bias, A(0), p.C, f.ln_bias);
     WeightCopy<A>{static_cast<const A*>(p.conv_weight), f.weight, p.C, p.K * p.K, false}.run();
-    run_units({p.N * f.bands, f.carve(nullptr).bytes, f.prepare, f.run_unit, &f});
+    const std::size_t scratch = bytes_of([&](Carver& carver) { f.take_scratch(carver); });
+    run_units({p.N * f.bands, scratch, f.prepare, f.run_unit, &f});
 }
 
 }  // namespace
 
 void dwconv_gelu_layernorm_forward(const DwconvGeluLayernormFwdParams& p) {
-    switch (p.dtype) {
-        case DType::kFloat32: return forward<float>(p);
-        case DType::kFloat64: return forward<double>(p);
-        case DType::kBFloat16: return forward<BFloat16>(p);
-        case DType::kFloat16: return forward<Float16>(p);
-    }
+    with_type(p.dtype, [&](auto type) { forward<typename decltype(type)::type>(p); });
 }
 
 }  // namespace convnest::CONVNEST_ISA

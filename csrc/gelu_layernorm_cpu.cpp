@@ -12,6 +12,7 @@
 // over kRowsPerSum rows, and those sums into one partial per chunk of rows.
 #include "gelu_layernorm.h"
 
+#include "common/call.h"
 #include "common/layernorm.h"
 #include "common/parameters.h"
 #include "common/partition.h"
@@ -42,7 +43,7 @@ struct Forward {
         ChannelSum<A> sum;
         over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
             auto value = load_as(x + c, lanes);
-            if (!norm_first) value = gelu_of(value);
+            if (!norm_first) value = gelu_of<T>(value);
             store_all(values + c, value);
             sum.add(value);
         });
@@ -50,7 +51,7 @@ struct Forward {
         over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
             const auto xhat = (load_all(values + c, lanes) - stats.mean) * stats.rstd;
             auto value = xhat * load_all(ln_weight + c, lanes) + load_all(ln_bias + c, lanes);
-            if (norm_first) value = gelu_of(value);
+            if (norm_first) value = gelu_of<T>(value);
             store_as(y + c, value, lanes);
         });
         if (p.mean != nullptr) static_cast<A*>(p.mean)[row] = stats.mean;
@@ -70,22 +71,20 @@ struct Backward {
     // One worker's memory, all [Cp].
     struct Scratch {
         A *xhat, *slope, *f, *dgamma, *dbeta;
-        std::size_t bytes;
     };
 
-    Scratch carve(char* base) const {
-        Carver carver(base);
+    Scratch take_scratch(Carver& carver) const {
         Scratch s;
         for (A** at : {&s.xhat, &s.slope, &s.f, &s.dgamma, &s.dbeta}) {
             *at = carver.take<A>(padded_channels<A>(p.C));
         }
-        s.bytes = carver.used();
         return s;
     }
 
     static void run_chunk(std::int64_t chunk, char* base, void* context) {
         const Backward& f = *static_cast<const Backward*>(context);
-        const Scratch s = f.carve(base);
+        Carver carver(base);
+        const Scratch s = f.take_scratch(carver);
         f.partials.clear(chunk);
         const Range rows = part_of(f.p.rows, f.chunks, chunk);
         for (std::int64_t row = rows.begin; row < rows.end; row += kRowsPerSum) {
@@ -109,13 +108,13 @@ struct Backward {
             auto a = load_as(x + c, lanes), e = load_as(dy + c, lanes);
             const auto gamma = load_all(ln_weight + c, lanes);
             if (!norm_first) {
-                const auto act = gelu_and_grad_of(a);
+                const auto act = gelu_and_grad_of<T>(a);
                 store_all(s.slope + c, act.grad);
                 a = act.value;
             }
             const auto xhat = (a - mean) * rstd;
             if (norm_first)
-                e = e * gelu_and_grad_of(xhat * gamma + load_all(ln_bias + c, lanes)).grad;
+                e = e * gelu_and_grad_of<T>(xhat * gamma + load_all(ln_bias + c, lanes)).grad;
             const auto f = e * gamma;
             store_all(s.xhat + c, xhat);
             store_all(s.f + c, f);
@@ -140,11 +139,12 @@ template <class T>
 void forward(const GeluLayernormFwdParams& p) {
     using A = Accumulate<T>;
     const std::int64_t channels = padded_channels<A>(p.C);
-    const CallScratch memory(2 * channels * sizeof(A));
-    A* parameters = reinterpret_cast<A*>(memory.data());
-    copy_parameter(p.ln_weight, A(1), p.C, parameters);
-    copy_parameter(p.ln_bias, A(0), p.C, parameters + channels);
-    Forward<T> f{p, row_units(p.rows, p.C), parameters, parameters + channels};
+    Forward<T> f{p, row_units(p.rows, p.C), {}, {}};
+    const CarvedScratch memory([&](Carver& carver) {
+        for (A** at : {&f.ln_weight, &f.ln_bias}) *at = carver.take<A>(channels);
+    });
+    copy_parameter(p.ln_weight, A(1), p.C, f.ln_weight);
+    copy_parameter(p.ln_bias, A(0), p.C, f.ln_bias);
     run_units({f.units, channels * sizeof(A), nullptr, f.run_unit, &f});
 }
 
@@ -153,39 +153,26 @@ void backward(const GeluLayernormBwdParams& p) {
     using A = Accumulate<T>;
     const std::int64_t chunks = chunk_count(row_units(p.rows, p.C), Partials<A>::bytes(p.C, 0));
     Backward<T> f{p, chunks, {}, {}, {}};
-    const auto carve = [&](char* base) {
-        Carver carver(base);
+    const CarvedScratch memory([&](Carver& carver) {
         f.ln_weight = carver.take<A>(padded_channels<A>(p.C));
         f.ln_bias = carver.take<A>(padded_channels<A>(p.C));
         f.partials = Partials<A>::take(carver, chunks, p.C, 0);
-        return carver.used();
-    };
-    const CallScratch memory(carve(nullptr));
-    carve(memory.data());
+    });
     copy_parameter(p.ln_weight, A(1), p.C, f.ln_weight);
     copy_parameter(p.ln_bias, A(0), p.C, f.ln_bias);
-    run_units({chunks, f.carve(nullptr).bytes, nullptr, f.run_chunk, &f});
+    const std::size_t scratch = bytes_of([&](Carver& carver) { f.take_scratch(carver); });
+    run_units({chunks, scratch, nullptr, f.run_chunk, &f});
     f.partials.sum(nullptr, nullptr, p.dln_weight, p.dln_bias);
 }
 
 }  // namespace
 
 void gelu_layernorm_forward(const GeluLayernormFwdParams& p) {
-    switch (p.dtype) {
-        case DType::kFloat32: return forward<float>(p);
-        case DType::kFloat64: return forward<double>(p);
-        case DType::kBFloat16: return forward<BFloat16>(p);
-        case DType::kFloat16: return forward<Float16>(p);
-    }
+    with_type(p.dtype, [&](auto type) { forward<typename decltype(type)::type>(p); });
 }
 
 void gelu_layernorm_backward(const GeluLayernormBwdParams& p) {
-    switch (p.dtype) {
-        case DType::kFloat32: return backward<float>(p);
-        case DType::kFloat64: return backward<double>(p);
-        case DType::kBFloat16: return backward<BFloat16>(p);
-        case DType::kFloat16: return backward<Float16>(p);
-    }
+    with_type(p.dtype, [&](auto type) { backward<typename decltype(type)::type>(p); });
 }
 
 }  // namespace convnest::CONVNEST_ISA

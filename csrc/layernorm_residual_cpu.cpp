@@ -9,6 +9,7 @@
 // over kRowsPerSum rows, and those sums into one partial per chunk of rows.
 #include "layernorm_residual.h"
 
+#include "common/call.h"
 #include "common/layernorm.h"
 #include "common/parameters.h"
 #include "common/partition.h"
@@ -65,22 +66,20 @@ struct Backward {
     // One worker's memory, all [Cp].
     struct Scratch {
         A *xhat, *f, *dgamma, *dbeta, *dscale;
-        std::size_t bytes;
     };
 
-    Scratch carve(char* base) const {
-        Carver carver(base);
+    Scratch take_scratch(Carver& carver) const {
         Scratch s;
         for (A** at : {&s.xhat, &s.f, &s.dgamma, &s.dbeta, &s.dscale}) {
             *at = carver.take<A>(padded_channels<A>(p.C));
         }
-        s.bytes = carver.used();
         return s;
     }
 
     static void run_chunk(std::int64_t chunk, char* base, void* context) {
         const Backward& f = *static_cast<const Backward*>(context);
-        const Scratch s = f.carve(base);
+        Carver carver(base);
+        const Scratch s = f.take_scratch(carver);
         f.partials.clear(chunk);
         const Range rows = part_of(f.p.rows, f.chunks, chunk);
         for (std::int64_t row = rows.begin; row < rows.end; row += kRowsPerSum) {
@@ -132,13 +131,13 @@ template <class T>
 void forward(const LayernormResidualFwdParams& p) {
     using A = Accumulate<T>;
     const std::int64_t channels = padded_channels<A>(p.C);
-    const CallScratch memory(3 * channels * sizeof(A));
-    A* parameters = reinterpret_cast<A*>(memory.data());
-    copy_parameter(p.ln_weight, A(1), p.C, parameters);
-    copy_parameter(p.ln_bias, A(0), p.C, parameters + channels);
-    copy_parameter(p.scale, A(1), p.C, parameters + 2 * channels);
-    Forward<T> f{p, row_units(p.rows, p.C), parameters, parameters + channels,
-                 parameters + 2 * channels};
+    Forward<T> f{p, row_units(p.rows, p.C), {}, {}, {}};
+    const CarvedScratch memory([&](Carver& carver) {
+        for (A** at : {&f.ln_weight, &f.ln_bias, &f.scale}) *at = carver.take<A>(channels);
+    });
+    copy_parameter(p.ln_weight, A(1), p.C, f.ln_weight);
+    copy_parameter(p.ln_bias, A(0), p.C, f.ln_bias);
+    copy_parameter(p.scale, A(1), p.C, f.scale);
     run_units({f.units, channels * sizeof(A), nullptr, f.run_unit, &f});
 }
 
@@ -147,39 +146,26 @@ void backward(const LayernormResidualBwdParams& p) {
     using A = Accumulate<T>;
     const std::int64_t chunks = chunk_count(row_units(p.rows, p.C), Partials<A>::bytes(p.C, 0));
     Backward<T> f{p, chunks, {}, {}, {}};
-    const auto carve = [&](char* base) {
-        Carver carver(base);
+    const CarvedScratch memory([&](Carver& carver) {
         f.ln_weight = carver.take<A>(padded_channels<A>(p.C));
         f.scale = carver.take<A>(padded_channels<A>(p.C));
         f.partials = Partials<A>::take(carver, chunks, p.C, 0);
-        return carver.used();
-    };
-    const CallScratch memory(carve(nullptr));
-    carve(memory.data());
+    });
     copy_parameter(p.ln_weight, A(1), p.C, f.ln_weight);
     copy_parameter(p.scale, A(1), p.C, f.scale);
-    run_units({chunks, f.carve(nullptr).bytes, nullptr, f.run_chunk, &f});
+    const std::size_t scratch = bytes_of([&](Carver& carver) { f.take_scratch(carver); });
+    run_units({chunks, scratch, nullptr, f.run_chunk, &f});
     f.partials.sum(nullptr, p.dscale, p.dln_weight, p.dln_bias);
 }
 
 }  // namespace
 
 void layernorm_residual_forward(const LayernormResidualFwdParams& p) {
-    switch (p.dtype) {
-        case DType::kFloat32: return forward<float>(p);
-        case DType::kFloat64: return forward<double>(p);
-        case DType::kBFloat16: return forward<BFloat16>(p);
-        case DType::kFloat16: return forward<Float16>(p);
-    }
+    with_type(p.dtype, [&](auto type) { forward<typename decltype(type)::type>(p); });
 }
 
 void layernorm_residual_backward(const LayernormResidualBwdParams& p) {
-    switch (p.dtype) {
-        case DType::kFloat32: return backward<float>(p);
-        case DType::kFloat64: return backward<double>(p);
-        case DType::kBFloat16: return backward<BFloat16>(p);
-        case DType::kFloat16: return backward<Float16>(p);
-    }
+    with_type(p.dtype, [&](auto type) { backward<typename decltype(type)::type>(p); });
 }
 
 }  // namespace convnest::CONVNEST_ISA

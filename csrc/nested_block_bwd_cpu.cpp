@@ -197,7 +197,8 @@ struct Backward {
             const T* u_row = u + r * p.W * p.D;
             wide.enter_row(s.wide, y + r,
                            [&](std::int64_t x, std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-                               const auto g = gelu_and_grad_of(load_as(u_row + x * p.D + c, lanes));
+                               const auto g =
+                                   gelu_and_grad_of<T>(load_as(u_row + x * p.D + c, lanes));
                                A* v = v_row + x * stride + c;
                                const auto du = load_all(v, lanes) * g.grad;
                                store_all(v, rounded_to<T>(g.value));

@@ -4,6 +4,7 @@
 // A chunk is a run of bands, a band some rows of one image.
 #include "nested_conv.h"
 
+#include "common/call.h"
 #include "common/partition.h"
 #include "nested_conv_bwd_rows.h"
 
@@ -48,8 +49,9 @@ struct Backward {
                 rows.enter_row(
                     s, entered,
                     [&](std::int64_t x, std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-                        const auto slope = gelu_and_grad_of(load_as(u + x * p.C + c, lanes)).grad;
-                        return load_as(dv + x * p.C + c, lanes) * slope;
+                        const auto slope =
+                            gelu_and_grad_of<T>(load_ahead(u + x * p.C + c, lanes)).grad;
+                        return load_ahead(dv + x * p.C + c, lanes) * slope;
                     });
             }
             const std::int64_t first = (n * p.H + y) * p.W, pixels = count * p.W;
@@ -75,26 +77,17 @@ void backward(const NestedConvBwdParams& p) {
         NestedConvBwdRows<T>::plan(RowStep<A>::plan(p.H, p.W, p.C, p.K), p.C, p.shortcut,
                                    {p.dconv_weight != nullptr, p.dconv_bias != nullptr, norm}),
         bands, chunk_count(p.N * bands, Partials<A>::bytes(p.C, p.K * p.K))};
-    Carver parameters(nullptr), scratch(nullptr);
-    f.rows.take_parameters(parameters, f.chunks);
-    f.rows.take_scratch(scratch);
-    const CallScratch memory(parameters.used());
-    Carver carver(memory.data());
-    f.rows.take_parameters(carver, f.chunks);
+    const CarvedScratch memory([&](Carver& carver) { f.rows.take_parameters(carver, f.chunks); });
     f.rows.copy_parameters(p.conv_weight, p.ln_weight, p.ln_bias);
-    run_units({f.chunks, scratch.used(), f.prepare, f.run_chunk, &f});
+    const std::size_t scratch = bytes_of([&](Carver& carver) { f.rows.take_scratch(carver); });
+    run_units({f.chunks, scratch, f.prepare, f.run_chunk, &f});
     f.rows.partials.sum(p.dconv_weight, p.dconv_bias, p.dln_weight, p.dln_bias);
 }
 
 }  // namespace
 
 void nested_conv_backward(const NestedConvBwdParams& p) {
-    switch (p.dtype) {
-        case DType::kFloat32: return backward<float>(p);
-        case DType::kFloat64: return backward<double>(p);
-        case DType::kBFloat16: return backward<BFloat16>(p);
-        case DType::kFloat16: return backward<Float16>(p);
-    }
+    with_type(p.dtype, [&](auto type) { backward<typename decltype(type)::type>(p); });
 }
 
 }  // namespace convnest::CONVNEST_ISA

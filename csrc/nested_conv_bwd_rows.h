@@ -115,7 +115,7 @@ struct NestedConvBwdRows {
             A* xhat = s.xhat + i * step.pixel;
             A* slope = s.slope + i * step.pixel;
             over_channels<A>(C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-                const auto g = gelu_and_grad_of(load_as(h + i * C + c, lanes));
+                const auto g = gelu_and_grad_of<T>(load_ahead(h + i * C + c, lanes));
                 store_all(xhat + c, (g.value - mean[i]) * rstd[i]);
                 store_all(slope + c, g.grad);
             });

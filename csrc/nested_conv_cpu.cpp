@@ -5,6 +5,7 @@
 // All global memory is read and written in order.
 #include "nested_conv.h"
 
+#include "common/call.h"
 #include "common/partition.h"
 #include "nested_conv_rows.h"
 
@@ -50,8 +51,9 @@ struct Forward {
         A* mean = owned && p.mean != nullptr ? static_cast<A*>(p.mean) + first : nullptr;
         A* rstd = owned && p.rstd != nullptr ? static_cast<A*>(p.rstd) + first : nullptr;
         rows.enter_row(s, y, mean, rstd,
-                       [&](std::int64_t x, std::int64_t c, auto lanes)
-                           CONVNEST_INLINE_LAMBDA { return load_as(h_row + x * p.C + c, lanes); });
+                       [&](std::int64_t x, std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+                           return load_ahead(h_row + x * p.C + c, lanes);
+                       });
     }
 
     void leave_row(const typename NestedConvRows<T>::Scratch& s, std::int64_t n, std::int64_t y,
@@ -71,28 +73,20 @@ void forward(const NestedConvFwdParams& p) {
     const auto step = RowStep<A>::plan(p.H, p.W, p.C, p.K);
     Forward<T> f{p, NestedConvRows<T>::plan(step, p.C, p.eps, p.shortcut),
                  forward_bands(p.N, p.H, p.K, num_threads())};
-    Carver parameters(nullptr), scratch(nullptr);
-    f.rows.take_weights(parameters);
-    f.rows.take_vectors(parameters);
-    f.rows.take_scratch(scratch);
-    const CallScratch memory(parameters.used());
-    Carver carver(memory.data());
-    f.rows.take_weights(carver);
-    f.rows.take_vectors(carver);
+    const CarvedScratch memory([&](Carver& carver) {
+        f.rows.take_weights(carver);
+        f.rows.take_vectors(carver);
+    });
     f.rows.pack_weights(p.conv_weight);
     f.rows.copy_vectors({p.conv_bias, p.ln_weight, p.ln_bias});
-    run_units({p.N * f.bands, scratch.used(), f.prepare, f.run_unit, &f});
+    const std::size_t scratch = bytes_of([&](Carver& carver) { f.rows.take_scratch(carver); });
+    run_units({p.N * f.bands, scratch, f.prepare, f.run_unit, &f});
 }
 
 }  // namespace
 
 void nested_conv_forward(const NestedConvFwdParams& p) {
-    switch (p.dtype) {
-        case DType::kFloat32: return forward<float>(p);
-        case DType::kFloat64: return forward<double>(p);
-        case DType::kBFloat16: return forward<BFloat16>(p);
-        case DType::kFloat16: return forward<Float16>(p);
-    }
+    with_type(p.dtype, [&](auto type) { forward<typename decltype(type)::type>(p); });
 }
 
 }  // namespace convnest::CONVNEST_ISA

@@ -83,7 +83,7 @@ struct NestedConvRows {
             A* g = g_row + x * step.pixel;
             ChannelSum<A> sum;
             over_channels<A>(C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-                const auto value = gelu_of(h(x, c, lanes));
+                const auto value = gelu_of<T>(h(x, c, lanes));
                 store_all(g + c, value);
                 sum.add(value);
             });
@@ -117,7 +117,7 @@ struct NestedConvRows {
                 auto sum = load_all(conv + c, lanes) + load_all(conv_bias + c, lanes);
                 if (shortcut) sum = sum + load_all(g + c, lanes);
                 if (u != nullptr) store_as(u + c, sum, lanes);
-                v(x, c, gelu_of(sum), lanes);
+                v(x, c, gelu_of<T>(sum), lanes);
             });
         }
     }

@@ -256,43 +256,6 @@ class TestLayernormResidual:
             np.testing.assert_array_equal(grads[wanted], whole[wanted])
 
 
-class TestGelu:
-    """Through nested_conv with a conv weight of 0, where u = GELU(h) and dh = dv GELU'(u) / 2."""
-
-    X = np.concatenate(
-        [
-            np.linspace(-14, 14, 200_001),
-            np.linspace(-1e-3, 1e-3, 999),
-            [-3e38, -100, 100, 3e38, -0.0],
-        ]
-    ).astype(np.float32)
-
-    def test_value(self, isa):
-        x = self.X.reshape(-1, 1)
-        v, u = np.full_like(x, np.nan), np.full_like(x, np.nan)
-        weight = np.zeros((1, 9), np.float32)
-        pointers = [a.ctypes.data for a in (x, weight)] + [0, 0, 0, v.ctypes.data, u.ctypes.data]
-        MODULE.cpu.nested_conv_forward(
-            *pointers, 0, 0, len(x), 1, 1, 1, 3, EPS, True, MODULE.float32
-        )
-        exact = x.astype(np.float64)
-        error = np.abs(u - reference.gelu(exact))
-        assert (error <= 1.5e-7 * np.maximum(1, np.abs(exact))).all(), error.max()
-        left = (exact < 0) & (exact >= -5)
-        assert (error[left] <= 6e-6 * np.abs(reference.gelu(exact[left]))).all()
-
-    def test_grad(self, isa):
-        u = self.X.reshape(-1, 1)
-        zeros, ones, dh = np.zeros_like(u), np.ones_like(u), np.full_like(u, np.nan)
-        weight = np.zeros((1, 9), np.float32)
-        inputs = [a.ctypes.data for a in (ones, zeros, u, zeros, zeros, weight)]
-        MODULE.cpu.nested_conv_backward(
-            *inputs, 0, 0, dh.ctypes.data, 0, 0, 0, 0, len(u), 1, 1, 1, 3, True, MODULE.float32
-        )
-        error = np.abs(2 * dh - reference.gelu_grad(u.astype(np.float64)))
-        assert error.max() <= 3e-7
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_conversions_round_to_nearest_even(isa, dtype):
     """y = scale x + LN(t) with a norm of 0: only the load, the product and the store act."""

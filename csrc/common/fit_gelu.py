@@ -1,59 +1,77 @@
-"""Fits the constants of `normal_tail` in math.h; run it to print them (needs NumPy and SciPy).
+"""Fits the constants of math.h; run it to print them (needs NumPy and SciPy). With a = |x|:
 
-    Phi(-a) = E t P(t),   E = exp(-a^2 / 2),   t = 1 / (1 + p a),   0 <= a <= 13
-    2^f     = R(f),       |f| <= 1/2
+    P   Phi(-a) = E t P(t),  E = exp(-a^2 / 2),  t = 1 / (1 + p a)     0 <= a <= 13.4, relative
+    R   exp(-f / 2)                                                    |f| <= ln 2,    relative
+    p   log2 Phi(-a)                                                   0 <= a <= 10,   absolute
+    2^  2^f                                                            |f| <= 1/2,     relative
+    h   phi(a) / Phi(-a)                                               0 <= a <= 10,   relative
 
-P is the weighted minimax polynomial: the error that it leaves in Phi(-a) is below 2^-25, that in
-GELU(-a) = -a Phi(-a) below 2^-26 max(1, a), and that relative to Phi(-a) below 4e-6 throughout. R
-is the minimax polynomial in relative error with R(0) = 1. Both are linear programs on Chebyshev
-nodes.
+Each is the minimax polynomial of its degree: a linear program on Chebyshev nodes. Above 10 the
+polynomial p keeps falling (-134 at 13.4), so that 2^p ends at 0 there.
 """
 
 import numpy as np
 from scipy.optimize import linprog
-from scipy.special import erfcx, ndtr
+from scipy.special import erfcx, log_ndtr
 
-SLOPE = 0.346  # p: the best of a scan in steps of 0.001 at this degree
-TAIL_DEGREE = 6
-EXP2_DEGREE = 5
-LARGEST = 13.0
+SLOPE = 0.305  # p of t: the best of a scan in steps of 0.005 at this degree
+LARGEST = 13.4
+SHORT_LARGEST = 10.0
 
 
-def nodes(low, high, count=1200):
+def nodes(low, high, count=1500):
     angles = np.pi * (np.arange(count) + 0.5) / count
     return (low + high) / 2 + (high - low) / 2 * np.cos(angles)
 
 
-def minimax(x, y, tolerance, powers):
-    """Coefficients c that minimise max |sum_k c_k x^powers_k - y| / tolerance, and that maximum."""
-    basis = x[:, None] ** np.asarray(powers) / tolerance[:, None]
+def minimax(x, y, tolerance, degree):
+    """Coefficients c that minimise max |sum_k c_k x^k - y| / tolerance, and that maximum."""
+    basis = x[:, None] ** np.arange(degree + 1) / tolerance[:, None]
     target = y / tolerance
     bound = -np.ones((len(x), 1))
     rows = np.block([[basis, bound], [-basis, bound]])
-    cost = np.zeros(len(powers) + 1)
+    cost = np.zeros(degree + 2)
     cost[-1] = 1
-    limits = [(None, None)] * len(powers) + [(0, None)]
+    limits = [(None, None)] * (degree + 1) + [(0, None)]
     solution = linprog(cost, rows, np.concatenate([target, -target]), bounds=limits)
     return solution.x[:-1], solution.x[-1]
 
 
-def fit_tail(slope=SLOPE, degree=TAIL_DEGREE):
+def fit_tail(slope=SLOPE, degree=7):
     t = nodes(1 / (1 + slope * LARGEST), 1.0)
-    a = (1 / t - 1) / slope
-    y = erfcx(a / np.sqrt(2)) / 2 / t
-    absolute = 2.0**-25 * np.minimum(1, np.maximum(1, a) / (2 * a))
-    relative = np.minimum(absolute / ndtr(-a), 4e-6)
-    return minimax(t, y, relative * y, range(degree + 1))
+    y = erfcx((1 / t - 1) / slope / np.sqrt(2)) / 2 / t
+    return minimax(t, y, y, degree)
 
 
-def fit_exp2(degree=EXP2_DEGREE):
+def fit_exponential(degree=5):
+    largest = 1.001 * np.log(2)
+    f = nodes(-largest, largest)
+    y = np.exp(-f / 2)
+    return minimax(f, y, y, degree)
+
+
+def fit_short_tail(degree=8):
+    a = nodes(0, SHORT_LARGEST)
+    y = log_ndtr(-a) / np.log(2)
+    return minimax(a, y, np.full_like(a, 1 / np.log(2)), degree)
+
+
+def fit_short_exp2(degree=4):
     f = nodes(-0.5, 0.5)
-    y = 2.0**f
-    return minimax(f, y - 1, y, range(1, degree + 1))
+    return minimax(f, 2.0**f, 2.0**f, degree)
+
+
+def fit_hazard(degree=6):
+    a = nodes(0, SHORT_LARGEST)
+    y = np.exp(-a * a / 2 - log_ndtr(-a)) / np.sqrt(2 * np.pi)
+    return minimax(a, y, y, degree)
 
 
 if __name__ == "__main__":
-    tail, error = fit_tail()
-    print(f"P: {error:.3f} of the tolerance;", ", ".join(f"{c:.9e}f" for c in tail))
-    exp2, error = fit_exp2()
-    print(f"R: relative error {error:.2e};", ", ".join(f"{c:.9e}f" for c in exp2))
+    fits = {
+        "P": fit_tail, "R": fit_exponential, "p": fit_short_tail, "2^": fit_short_exp2,
+        "h": fit_hazard,
+    }  # fmt: skip
+    for name, fit in fits.items():
+        coefficients, error = fit()
+        print(f"{name}: error {error:.2e};", ", ".join(f"{c:.9e}f" for c in coefficients))

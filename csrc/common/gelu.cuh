@@ -57,8 +57,16 @@ __device__ __forceinline__ float gelu_slope_fast(float x) {
 // The exact form of common/math.h in float, for float32 activations.
 struct ScalarOps {
     using F = float;
-    CONVNEST_INLINE F magnitude(F x) { return fabsf(x); }
-    CONVNEST_INLINE F minimum(F x, float bound) { return x < bound ? x : bound; }
+#if defined(__CUDA_ARCH__)
+    static constexpr bool kFused = true;
+#else
+    static constexpr bool kFused = false;
+#endif
+    CONVNEST_INLINE F magnitude(F x, float bound) {
+        const float a = fabsf(x);
+        return a < bound ? a : bound;
+    }
+    CONVNEST_INLINE F square_rest(F a, F square) { return fmaf(a, a, -square); }
     CONVNEST_INLINE F reciprocal(F x) {
 #if defined(__CUDA_ARCH__)
         float y;
@@ -69,15 +77,17 @@ struct ScalarOps {
 #endif
     }
     CONVNEST_INLINE F if_negative(F x, F a, F b) { return x < 0.f ? a : b; }
-    CONVNEST_INLINE F exponent(F shifted) {
+    CONVNEST_INLINE F scaled(F r, F m) {
 #if defined(__CUDA_ARCH__)
-        return __uint_as_float(__float_as_uint(shifted) << 23);
+        return __int_as_float(max(__float_as_int(r) + (__float_as_int(m) << 23), 0));
 #else
-        std::uint32_t bits;
-        std::memcpy(&bits, &shifted, sizeof bits);
-        bits <<= 23;
-        std::memcpy(&shifted, &bits, sizeof bits);
-        return shifted;
+        std::uint32_t bits, shift;
+        std::memcpy(&bits, &r, sizeof bits);
+        std::memcpy(&shift, &m, sizeof shift);
+        bits += shift << 23;
+        if (bits >> 31) bits = 0;
+        std::memcpy(&r, &bits, sizeof bits);
+        return r;
 #endif
     }
 };

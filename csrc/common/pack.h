@@ -67,6 +67,21 @@ CONVNEST_INLINE Pack<Accumulate<T>, 1> load_as(const T* p, FirstLanes lanes) {
     return {load_from(padded)};
 }
 
+// The same on a walk along a tensor: asks for what comes kAheadBytes later, which the processor's
+// own prefetchers have brought to the L2 cache at best. (Measured on Zen 4: 2 to 8% of a forward.)
+constexpr int kAheadBytes = 2048;
+template <class T, class Lanes>
+CONVNEST_INLINE Pack<Accumulate<T>, Lanes::kVectors> load_ahead(const T* p, Lanes lanes) {
+    constexpr int kLine = 64;
+    constexpr int kBytes = Lanes::kVectors * kLanes<Accumulate<T>> * static_cast<int>(sizeof(T));
+    unroll<(kBytes + kLine - 1) / kLine>([&](auto i) CONVNEST_INLINE_LAMBDA {
+        // As numbers: it may be beyond the tensor, where a prefetch does nothing.
+        __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(p) +
+                                                         kAheadBytes + i * kLine));
+    });
+    return load_as(p, lanes);
+}
+
 template <class T, int N>
 CONVNEST_INLINE void store_as(T* p, const Pack<Accumulate<T>, N>& pack, AllLanes<N>) {
     unroll<N>([&](auto i)
@@ -141,16 +156,6 @@ struct ChannelSum {
 
 // ---- GELU ----
 
-CONVNEST_INLINE Floats minimum_of(Floats x, Floats bound) {
-#if CONVNEST_VECTOR_BYTES == 64
-    return (Floats)_mm512_maskz_min_ps(0xffff, (__m512)x, (__m512)bound);
-#elif CONVNEST_VECTOR_BYTES == 32
-    return (Floats)_mm256_min_ps((__m256)x, (__m256)bound);
-#else
-    return x < bound ? x : bound;
-#endif
-}
-
 // 1 / x to about 1 ulp: an estimate of 14 (12) bits and a Newton step where there is one.
 CONVNEST_INLINE Floats reciprocal_estimate(Floats x) {
 #if CONVNEST_VECTOR_BYTES == 64
@@ -162,20 +167,40 @@ CONVNEST_INLINE Floats reciprocal_estimate(Floats x) {
 #endif
 }
 
+// a a - square, exactly.
+CONVNEST_INLINE Floats rest_of(Floats a, Floats square) {
+#if CONVNEST_VECTOR_BYTES == 64
+    return (Floats)_mm512_maskz_fmsub_ps(0xffff, (__m512)a, (__m512)a, (__m512)square);
+#elif CONVNEST_VECTOR_BYTES == 32
+    return (Floats)_mm256_fmsub_ps((__m256)a, (__m256)a, (__m256)square);
+#else
+    // The products of the halves of a are exact.
+    const Floats high = (Floats)((Words)a & 0xfffff000u), low = a - high;
+    return ((high * high - square) + 2.0f * high * low) + low * low;
+#endif
+}
+
 template <int N>
 struct PackOps {
     using F = Pack<float, N>;
-    CONVNEST_INLINE F magnitude(const F& x) {
-        return make_pack<float, N>(
-            [&](auto i) CONVNEST_INLINE_LAMBDA { return (Floats)((Words)x.v[i] & 0x7fffffffu); });
+    static constexpr bool kFused = kVectorBytes > 16;
+    CONVNEST_INLINE F magnitude(const F& x, float bound) {
+        // As integers: one instruction, and a NaN, which is larger than any bound, goes too.
+        const Words most = (Words)(bound + Floats{});
+        return make_pack<float, N>([&](auto i) CONVNEST_INLINE_LAMBDA {
+            const Words bits = (Words)x.v[i] & 0x7fffffffu;
+            return (Floats)(bits < most ? bits : most);
+        });
     }
-    CONVNEST_INLINE F minimum(const F& x, float bound) {
+    CONVNEST_INLINE F square_rest(const F& a, const F& square) {
         return make_pack<float, N>(
-            [&](auto i) CONVNEST_INLINE_LAMBDA { return minimum_of(x.v[i], bound + Floats{}); });
+            [&](auto i) CONVNEST_INLINE_LAMBDA { return rest_of(a.v[i], square.v[i]); });
     }
-    CONVNEST_INLINE F exponent(const F& m) {
-        return make_pack<float, N>(
-            [&](auto i) CONVNEST_INLINE_LAMBDA { return (Floats)((Words)m.v[i] << 23); });
+    CONVNEST_INLINE F scaled(const F& r, const F& m) {
+        return make_pack<float, N>([&](auto i) CONVNEST_INLINE_LAMBDA {
+            const Integers bits = (Integers)((Words)r.v[i] + ((Words)m.v[i] << 23));
+            return (Floats)(bits > 0 ? bits : Integers{});
+        });
     }
     CONVNEST_INLINE F reciprocal(const F& x) {
         const F r = make_pack<float, N>(
@@ -189,37 +214,44 @@ struct PackOps {
     }
 };
 
-template <int N>
-CONVNEST_INLINE Pack<float, N> gelu_of(const Pack<float, N>& x) {
-    return gelu<PackOps<N>>(x);
-}
-template <int N>
-CONVNEST_INLINE GeluAndGrad<Pack<float, N>> gelu_and_grad_of(const Pack<float, N>& x) {
-    return gelu_and_grad<PackOps<N>>(x);
+// GELU of values that are, or will be, stored as T.
+template <class T, int N>
+CONVNEST_INLINE Pack<Accumulate<T>, N> gelu_of(const Pack<Accumulate<T>, N>& x) {
+    if constexpr (sizeof(T) == 2) {
+        return short_gelu<PackOps<N>>(x);
+    } else if constexpr (sizeof(T) == 4) {
+        return gelu<PackOps<N>>(x);
+    } else {
+        // float64 is for gradient checks: the C library, lane by lane.
+        auto result = x;
+        for (int n = 0; n < N; ++n) {
+            for (int i = 0; i < kLanes<double>; ++i) {
+                result.v[n][i] *= 0.5 * __builtin_erfc(-x.v[n][i] * kSqrtHalf);
+            }
+        }
+        return result;
+    }
 }
 
-// float64 is for gradient checks: the C library, lane by lane.
-template <int N>
-CONVNEST_INLINE Pack<double, N> gelu_of(Pack<double, N> x) {
-    for (int n = 0; n < N; ++n) {
-        for (int i = 0; i < kLanes<double>; ++i) {
-            x.v[n][i] *= 0.5 * __builtin_erfc(-x.v[n][i] * kSqrtHalf);
+template <class T, int N>
+CONVNEST_INLINE GeluAndGrad<Pack<Accumulate<T>, N>> gelu_and_grad_of(
+    const Pack<Accumulate<T>, N>& x) {
+    if constexpr (sizeof(T) == 2) {
+        return short_gelu_and_grad<PackOps<N>>(x);
+    } else if constexpr (sizeof(T) == 4) {
+        return gelu_and_grad<PackOps<N>>(x);
+    } else {
+        GeluAndGrad<Pack<double, N>> result;
+        for (int n = 0; n < N; ++n) {
+            for (int i = 0; i < kLanes<double>; ++i) {
+                const double value = x.v[n][i], below = 0.5 * __builtin_erfc(-value * kSqrtHalf);
+                result.value.v[n][i] = value * below;
+                result.grad.v[n][i] =
+                    below + value * (__builtin_exp(-0.5 * value * value) * kInvSqrt2Pi);
+            }
         }
+        return result;
     }
-    return x;
-}
-template <int N>
-CONVNEST_INLINE GeluAndGrad<Pack<double, N>> gelu_and_grad_of(const Pack<double, N>& x) {
-    GeluAndGrad<Pack<double, N>> result;
-    for (int n = 0; n < N; ++n) {
-        for (int i = 0; i < kLanes<double>; ++i) {
-            const double value = x.v[n][i], below = 0.5 * __builtin_erfc(-value * kSqrtHalf);
-            result.value.v[n][i] = value * below;
-            result.grad.v[n][i] =
-                below + value * (__builtin_exp(-0.5 * value * value) * kInvSqrt2Pi);
-        }
-    }
-    return result;
 }
 
 }  // namespace

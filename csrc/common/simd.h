@@ -27,6 +27,7 @@ constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
 typedef float Floats __attribute__((vector_size(kVectorBytes)));
 typedef double Doubles __attribute__((vector_size(kVectorBytes)));
 typedef std::uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef std::int32_t Integers __attribute__((vector_size(kVectorBytes)));
 typedef std::uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 
 template <class A>
