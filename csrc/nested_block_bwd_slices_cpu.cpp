@@ -224,13 +224,13 @@ struct BackwardSlices {
             const std::int64_t row = i * kStride;
             over_channels<A>(
                 slice.channels, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-                    const auto v = gelu_and_grad_of(load_as(u_ + i * p.D + slice.c + c, lanes));
+                    const auto v = gelu_and_grad_of<T>(load_as(u_ + i * p.D + slice.c + c, lanes));
                     store_all(dg_ + row + c, load_all(dg_ + row + c, lanes) * v.grad);
                     store_all(s.v + row + c, rounded_to<T>(v.value));
                 });
             over_channels<A>(
                 slice.channels, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-                    const auto g = gelu_and_grad_of(load_as(h_ + i * p.D + slice.c + c, lanes));
+                    const auto g = gelu_and_grad_of<T>(load_as(h_ + i * p.D + slice.c + c, lanes));
                     store_all(xhat_ + row + c, (g.value - mean[i]) * rstd[i]);
                     store_all(slope_ + row + c, g.grad);
                 });

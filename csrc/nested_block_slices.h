@@ -224,7 +224,7 @@ struct NestedBlockSlices {
                     const auto value = h == nullptr ? rounded_to<T>(load_all(row + c, lanes))
                                                     : load_as(h + at, lanes);
                     if (kept_h != nullptr) store_as(kept_h + at, value, lanes);
-                    const auto gelu = gelu_of(value);
+                    const auto gelu = gelu_of<T>(value);
                     store_all(row + c, gelu);
                     sum.add(gelu);
                 });
@@ -343,7 +343,7 @@ struct NestedBlockSlices {
                 }
             });
         }
-        const auto value = gelu_of(u);
+        const auto value = gelu_of<T>(u);
         unroll<N>([&](auto n) CONVNEST_INLINE_LAMBDA {
             store_rounded<T>(v + at + n * kStride, Pack<A, 1>{{value.v[n]}});
         });
