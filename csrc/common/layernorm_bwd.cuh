@@ -73,8 +73,9 @@ __global__ void __launch_bounds__(kRowThreads) layernorm_bwd_kernel(LayerNormBwd
         float mean, rstd;
     };
     const auto octet_of = [&](int o) { return lane + o * args.threads_per_row; };
-    // Two vectors of float are read again for the last step, from a nearer cache, instead of held.
-    constexpr bool kAgain = kOctets == 2 && sizeof(Storage) == 4;
+    // Two vectors of float, or of single elements, are read again for the last step, from a nearer
+    // cache, instead of held: there are no registers for them.
+    constexpr bool kAgain = kOctets == 2 && (sizeof(Storage) == 4 || !kVector);
     const auto load = [&](Vectors& v, std::uint32_t row) {
         v = Vectors{};
         if (row >= args.rows) return;
