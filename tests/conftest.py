@@ -6,6 +6,7 @@ from __future__ import annotations
 import tests.triton_interpreter  # noqa: F401
 
 # isort: split
+import signal
 import zlib
 from collections.abc import Iterator
 
@@ -17,6 +18,9 @@ from convnest_kernels.ops import _contract
 
 # Tests run side by side and on small tensors; those of the thread count set it themselves.
 torch.set_num_threads(1)
+
+# A job in a shell's background starts with Ctrl-C ignored: the tests of Ctrl-C would see nothing.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CPU_ISAS = _extension.module.cpu.isas() if _extension.module is not None else []
 

@@ -88,14 +88,12 @@ __global__ void __launch_bounds__(kFmaWarps* kWarpSize, K <= 7 ? 2 : 1)
 #pragma unroll
         for (int i = 0; i < K * K; ++i) held[i] = load_shared<float>(&shared.taps[i][lane]);
     }
-    const int channel = channel0 + lane;
-    const bool exists = channel < args.C;
-    const float bias = args.bias != nullptr && exists ? load_global(args.bias + channel) : 0.f;
-    // This thread's strip, and the channels it fills
+    const float bias = args.bias != nullptr && channel0 + lane < args.C
+                           ? load_global(args.bias + channel0 + lane)
+                           : 0.f;
+    // This thread's strip
     const int image = warp / tiles.per_image, strip = warp - image * tiles.per_image;
     const int base = image * pitch + strip * kStrip;
-    const int fill_channel = thread % kVectors * Vector::kCount;
-    const int fill_channels = args.C - channel0 - fill_channel;
 
 #pragma unroll 1
     for (int index = group; index < tiles.items; index += args.groups) {
@@ -105,8 +103,12 @@ __global__ void __launch_bounds__(kFmaWarps* kWarpSize, K <= 7 ? 2 : 1)
         for (int i = thread; i < positions; i += blockDim.x) {
             store_shared(&shared.source[i], fma_source(tiles, item, i, R));
         }
+        // Registers are short beside GELU: what a thread fills and stores is computed anew.
         const auto fill = [&](int r, int row) {
-            for (int i = thread / kVectors; i < positions; i += blockDim.x / kVectors) {
+            const int filler = recompute_from(thread);
+            const int fill_channel = filler % kVectors * Vector::kCount;
+            const int fill_channels = args.C - channel0 - fill_channel;
+            for (int i = filler / kVectors; i < positions; i += blockDim.x / kVectors) {
                 const auto source = load_shared<std::uint32_t>(&shared.source[i]);
                 Vector z{}, g{};
                 if (source != kNothing && fill_channels > 0) {
@@ -192,7 +194,9 @@ __global__ void __launch_bounds__(kFmaWarps* kWarpSize, K <= 7 ? 2 : 1)
                     }
                 }
                 const int row = stage + r - R;
-                if (row < item.first || !exists || item.image + image >= tiles.images) continue;
+                const int channel = channel0 + recompute_from(lane);
+                if (row < item.first || channel >= args.C || item.image + image >= tiles.images)
+                    continue;
                 const std::uint32_t pixel =
                     row0 + (image * tiles.height + row) * tiles.width + item.x + strip * kStrip;
                 const int outputs = tiles.width - item.x - strip * kStrip;
