@@ -6,7 +6,13 @@
 #include <vector>
 
 #include "common/parallel.h"
-#include "dispatch.h"
+#include "nested_block.h"
+
+// Of the one instruction set that this is compiled for: without dispatch.h no other operator is.
+namespace convnest::CONVNEST_ISA {
+void nested_block_forward(const NestedBlockFwdParams&);
+void nested_block_backward(const NestedBlockBwdParams&);
+}  // namespace convnest::CONVNEST_ISA
 
 using namespace convnest;
 
@@ -45,7 +51,7 @@ struct Block {
         f.mean = mean.data(), f.rstd = rstd.data(), f.t = t.data();
         f.post_mean = mean2.data(), f.post_rstd = rstd2.data();
         f.N = N, f.H = H, f.W = W, f.C = C, f.D = D, f.K = K, f.eps = 1e-6, f.shortcut = true;
-        kernels().nested_block_forward(f);
+        CONVNEST_ISA::nested_block_forward(f);
         Buffer dx(pixels * C), dfc1(D * C), dconv(D * K * K), dfc2(C * D), dwide(D), dnarrow(C);
         NestedBlockBwdParams b{};
         b.dy = dy.data(), b.x = f.x, b.h = f.h, b.u = f.u, b.mean = f.mean, b.rstd = f.rstd;
@@ -56,7 +62,7 @@ struct Block {
         b.dx = dx.data(), b.dfc1_weight = dfc1.data(), b.dconv_weight = dconv.data();
         b.dfc2_weight = dfc2.data(), b.dnorm_weight = dwide.data(), b.dpost_bias = dnarrow.data();
         b.N = N, b.H = H, b.W = W, b.C = C, b.D = D, b.K = K, b.eps = 1e-6, b.shortcut = true;
-        kernels().nested_block_backward(b);
+        CONVNEST_ISA::nested_block_backward(b);
         Buffer all;
         for (const Buffer* part : {&y, &dx, &dfc1, &dconv, &dfc2, &dwide, &dnarrow}) {
             all.insert(all.end(), part->begin(), part->end());

@@ -62,7 +62,7 @@ CONVNEST_INLINE void unroll(F&& f) {
 }
 
 // A lambda that must be inlined: registers are kept across its calls.
-#define CONVNEST_INLINE_LAMBDA __attribute__((always_inline))
+#define CONVNEST_INLINE_LAMBDA CONVNEST_ALWAYS_INLINE
 
 // ---- 16-bit floats ----
 
