@@ -6,10 +6,12 @@ from __future__ import annotations
 import tests.triton_interpreter  # noqa: F401
 
 # isort: split
+import random
 import signal
 import zlib
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,7 +41,11 @@ def poison_uninitialized_memory() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> None:
-    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+    number = zlib.crc32(request.node.nodeid.encode())
+    torch.manual_seed(number)
+    # timm's augmentations draw from both of these.
+    random.seed(number)
+    np.random.seed(number)  # noqa: NPY002
 
 
 @pytest.fixture
