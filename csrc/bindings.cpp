@@ -7,13 +7,13 @@
 
 #include <array>
 #include <cstdint>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
 #if defined(CONVNEST_HAS_CUDA)
 #include "bindings_cuda.h"
 #endif
+#include "common/hash.h"
 #include "common/parallel.h"
 #include "dispatch.h"
 
@@ -46,58 +46,6 @@ int kernel_size(int K) {
 }
 
 bool empty(Size N, Size H, Size W, Size C) { return N <= 0 || H <= 0 || W <= 0 || C <= 0; }
-
-// Two sums of the words of a stretch, the second one weighted by position, in independent lanes, so
-// that it runs at the speed of memory. One word that changes is always seen.
-std::uint64_t sum_words(const char* memory, Size words) {
-    typedef std::uint32_t Lanes __attribute__((vector_size(64)));
-    constexpr Size kLanes = sizeof(Lanes) / 4;
-    Lanes sum = {}, weighted = {};
-    Size i = 0;
-    for (; i + kLanes <= words; i += kLanes) {
-        Lanes block;
-        std::memcpy(&block, memory + i * 4, sizeof block);
-        sum += block;
-        weighted += sum;
-    }
-    std::uint64_t hash = 1469598103934665603u;
-    const auto add = [&](std::uint32_t word) { hash = (hash ^ word) * 1099511628211u; };
-    for (Size lane = 0; lane < kLanes; ++lane) {
-        add(sum[lane]);
-        add(weighted[lane]);
-    }
-    for (; i < words; ++i) {
-        std::uint32_t word;
-        std::memcpy(&word, memory + i * 4, sizeof word);
-        add(word);
-    }
-    return hash;
-}
-
-// Of 64 words of each stretch, spread evenly; or of all.
-std::uint64_t hash_words(const std::array<Address, 3>& addresses, const std::array<Size, 3>& bytes,
-                         bool all) {
-    constexpr Size kWords = 64;
-    std::uint64_t hash = 1469598103934665603u;
-    for (std::size_t i = 0; i < addresses.size(); ++i) {
-        const char* memory = static_cast<const char*>(at(addresses[i]));
-        const Size words = bytes[i] / 4, taken = words < kWords ? words : kWords;
-        if (all) {
-            hash = (hash ^ sum_words(memory, words)) * 1099511628211u;
-            // 16-bit weights may leave half a word.
-            for (Size k = words * 4; k < bytes[i]; ++k) {
-                hash = (hash ^ static_cast<unsigned char>(memory[k])) * 1099511628211u;
-            }
-            continue;
-        }
-        for (Size k = 0; k < taken; ++k) {
-            std::uint32_t word;
-            std::memcpy(&word, memory + words * k / taken * 4, sizeof word);
-            hash = (hash ^ word) * 1099511628211u;
-        }
-    }
-    return hash;
-}
 
 void bind_conv_stems(py::module_& cpu) {
     const auto nogil = py::call_guard<py::gil_scoped_release>();

@@ -27,6 +27,7 @@
 #include "common/gelu_norm.cuh"
 #include "common/pair_planes.cuh"
 #include "common/row_statistics.cuh"
+#include "nested_conv_bwd_products.cuh"
 
 namespace convnest::cuda {
 
@@ -51,14 +52,6 @@ struct NestedConvBwdArgs {
     std::uint32_t pixel_count;  // N·H·W
     int channel_blocks;
 };
-
-// Rows of du's ring: the K + 3 that a stage's rows of z meet, and the one more (R = 3) that the
-// drain still reads; whole stages, so that the rows that enter lie side by side.
-constexpr int kRingRows = 12;
-
-__device__ __forceinline__ int wrap_ring(int slot) {
-    return slot < kRingRows ? slot : slot - kRingRows;
-}
 
 // The next stage's rows on their way, where shared memory has room for them (kAhead).
 template <bool kAhead>
@@ -95,96 +88,6 @@ static_assert(sizeof(NestedConvBwdShared<7, false>) <= 99 * 1024);
 template <int K>
 __host__ __device__ __forceinline__ int warm_up_stages(const Item& item) {
     return (K / 2 + item.first - item.start + kStageRows - 1) / kStageRows;
-}
-
-// One channel's share of a stage of the weight gradient: 4 rows of z against the rows of du around
-// them, `oldest` being the ring slot of row −R. bias_sum gathers du of the 4 rows themselves.
-template <class Element, int K>
-__device__ __forceinline__ void correlate_rows(Ring<K>& sums, FragmentC& bias_sum,
-                                               const unsigned char* z, const unsigned char* du,
-                                               const PairMasks& masks, int oldest, int channel,
-                                               int lane) {
-    constexpr int kRows = kStageRows + K - 1;
-    const unsigned char* windows = z + pair_window_transposed(channel, lane);
-    const unsigned char* tiles = du + pair_tiles(channel, lane, 0);
-    FragmentB gradient[kRows];
-    const auto load = [&](int row) {  // and row + 1; row is even
-        std::uint32_t r[4];
-        load_matrices<true>(r, tiles + wrap_ring(oldest + row) * kPairRowBytes);
-        gradient[row][0] = r[0], gradient[row][1] = r[1];
-        gradient[row + 1][0] = r[2], gradient[row + 1][1] = r[3];
-    };
-#pragma unroll
-    for (int row = 0; row < K - 1; row += 2) load(row);
-#pragma unroll
-    for (int row = 0; row < kStageRows; ++row) {
-        if (row % 2 == 0) load(row + K - 1);
-        FragmentA window;
-        load_matrices<true>(window, windows + row * kPairRowBytes);
-#pragma unroll
-        for (int ky = 0; ky < K; ++ky) {
-            mma<Element>(sums[ky], window, gradient[row + K - 1 - ky], sums[ky]);
-        }
-        std::uint32_t mask[4];
-        load_matrices<true>(mask, masks.tiles(row, lane));
-        const FragmentA counted = {mask[0], 0u, mask[1], 0u};
-        mma<Element>(bias_sum, counted, gradient[row + K / 2], bias_sum);
-    }
-}
-
-// dz of a stage's 4 rows, which `du`'s rows R .. R + 3 finish, to planes of lead 8. `entering`: the
-// ring slot of the first of them.
-template <class Element, int K>
-__device__ __forceinline__ void convolve_rows(Ring<K>& ring, const FragmentB (&band)[K],
-                                              const unsigned char* du, unsigned char* dz,
-                                              int entering, int channel, int lane) {
-    const FragmentC zero = {0.f, 0.f, 0.f, 0.f};
-    const unsigned char* windows = du + entering * kPairRowBytes + pair_window(channel, lane);
-    unsigned char* outputs = dz + pair_plane(channel) + 16 + lane * 4;
-    const int g = lane >> 2, t = lane & 3;
-#pragma unroll
-    for (int row = 0; row < kStageRows; ++row) {
-        FragmentA window;
-        load_matrices<false>(window, windows + row * kPairRowBytes);
-        push_row<Element, K>(ring, window, band, zero);
-        unsigned char* output = outputs + row * kPairRowBytes;
-        store_shared(output, Element::pack(ring[0][0], ring[0][1]));
-        // The last tile's outputs from 4 on lie beyond the canvas, in the zeros right of z.
-        if (!(g == 7 && t >= 2)) {
-            store_shared(output + 128, Element::pack(ring[0][2], ring[0][3]));
-        }
-    }
-}
-
-// Σ_m x̂[8m + j]·dz[8m + n] in rows j of `sums`, Σ_m mask[8m + j]·dz[8m + n] in rows 8 + j: dγ and
-// dβ are the sums of their diagonals.
-template <class Element>
-__device__ __forceinline__ void correlate_norm(FragmentC& sums, const unsigned char* dz,
-                                               const unsigned char* normal, const PairMasks& masks,
-                                               int channel, int lane) {
-    const int tiles = pair_tiles(channel, lane, 1);
-#pragma unroll
-    for (int row = 0; row < kStageRows; row += 2) {
-        std::uint32_t gradient[4], factor[4];
-        load_matrices<true>(gradient, dz + tiles + row * kPairRowBytes);
-        load_matrices<true>(factor, normal + tiles + row * kPairRowBytes);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            std::uint32_t mask[4];
-            load_matrices<true>(mask, masks.tiles(row + i, lane));
-            const FragmentA a = {factor[2 * i], mask[2], factor[2 * i + 1], mask[3]};
-            const FragmentB b = {gradient[2 * i], gradient[2 * i + 1]};
-            mma<Element>(sums, a, b, sums);
-        }
-    }
-}
-
-// The sums of the diagonals of a fragment's upper and lower half, in all lanes.
-__device__ __forceinline__ float2 diagonal_sums(const FragmentC& c, int lane) {
-    const int g = lane >> 2, t = lane & 3;
-    float upper = g == 2 * t ? c[0] : g == 2 * t + 1 ? c[1] : 0.f;
-    float lower = g == 2 * t ? c[2] : g == 2 * t + 1 ? c[3] : 0.f;
-    return make_float2(warp_sum(upper), warp_sum(lower));
 }
 
 template <class Element, int K, bool kAhead>
