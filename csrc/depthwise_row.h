@@ -82,6 +82,7 @@ struct Ring {
     A* data;
     std::int64_t slots, padded, block_stride;
     int pad;
+    std::int64_t size;  // elements of `data`
 
     static std::int64_t block_elements(std::int64_t slots, std::int64_t padded) {
         // An odd number of vectors: the same pixel in all blocks spreads over all cache sets.
@@ -90,8 +91,8 @@ struct Ring {
     A* row(std::int64_t block, std::int64_t y) const {
         return data + block * block_stride + (y % slots) * padded * kLanes<A>;
     }
-    void clear(std::int64_t blocks) const {
-        for (std::int64_t i = 0; i < blocks * block_stride; ++i) data[i] = 0;
+    void clear() const {
+        for (std::int64_t i = 0; i < size; ++i) data[i] = 0;
     }
 };
 

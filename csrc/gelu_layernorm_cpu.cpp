@@ -1,20 +1,12 @@
-// gelu_layernorm, with xhat = (a - mean) rstd of the norm's input a:
+// gelu_layernorm, forward and backward; the formulas are in act_norm_rows.h.
 //
-//   GELU, then norm (a = GELU(x)):  y = ln_weight xhat + ln_bias
-//   norm first      (a = x):        y = GELU(ln_weight xhat + ln_bias)
-// backward:
-//   GELU, then norm:  e = dy;                                    dx = GELU'(x) da
-//   norm first:       e = dy GELU'(ln_weight xhat + ln_bias);    dx = da
-//   da = rstd (f - mean_c(f) - xhat mean_c(f xhat)),  f = e ln_weight
-//   dln_weight = sum e xhat;  dln_bias = sum e
-//
-// One row at a time, in cache from its first pass to its last. Backward sums parameter gradients
-// over kRowsPerSum rows, and those sums into one partial per chunk of rows.
+// Forward reads x; writes y, and where they are kept mean and rstd. Backward reads dy, x, mean,
+// rstd; writes dx, and sums parameter gradients over kRowsPerSum rows, and those sums into one
+// partial per chunk of rows.
 #include "gelu_layernorm.h"
 
+#include "act_norm_rows.h"
 #include "common/call.h"
-#include "common/layernorm.h"
-#include "common/parameters.h"
 #include "common/partition.h"
 
 namespace convnest::CONVNEST_ISA {
@@ -26,36 +18,26 @@ struct Forward {
 
     const GeluLayernormFwdParams& p;
     std::int64_t units;
-    A *ln_weight, *ln_bias;
+    ActNorm<T> act_norm;
+
+    static std::size_t scratch_bytes(std::int64_t C) {
+        return 2 * padded_channels<A>(C) * sizeof(A);
+    }
 
     static void run_unit(std::int64_t unit, char* base, void* context) {
         const Forward& f = *static_cast<const Forward*>(context);
+        const std::int64_t C = f.p.C, padded = padded_channels<A>(C);
         const Range rows = part_of(f.p.rows, f.units, unit);
-        for (std::int64_t row = rows.begin; row < rows.end; ++row) {
-            f.run_row(row, reinterpret_cast<A*>(base));
-        }
-    }
-
-    void run_row(std::int64_t row, A* values) const {
-        const T* x = static_cast<const T*>(p.x) + row * p.C;
-        T* y = static_cast<T*>(p.y) + row * p.C;
-        const bool norm_first = p.norm_first;
-        ChannelSum<A> sum;
-        over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-            auto value = load_as(x + c, lanes);
-            if (!norm_first) value = gelu_of<T>(value);
-            store_all(values + c, value);
-            sum.add(value);
-        });
-        const auto stats = row_statistics(values, p.C, sum.total(), static_cast<A>(p.eps));
-        over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-            const auto xhat = (load_all(values + c, lanes) - stats.mean) * stats.rstd;
-            auto value = xhat * load_all(ln_weight + c, lanes) + load_all(ln_bias + c, lanes);
-            if (norm_first) value = gelu_of<T>(value);
-            store_as(y + c, value, lanes);
-        });
-        if (p.mean != nullptr) static_cast<A*>(p.mean)[row] = stats.mean;
-        if (p.rstd != nullptr) static_cast<A*>(p.rstd)[row] = stats.rstd;
+        A* values = reinterpret_cast<A*>(base);
+        const T* x = static_cast<const T*>(f.p.x) + rows.begin * C;
+        A *mean = static_cast<A*>(f.p.mean), *rstd = static_cast<A*>(f.p.rstd);
+        f.act_norm.forward(
+            rows.end - rows.begin, f.p.eps,
+            [&](std::int64_t i, std::int64_t c, auto lanes)
+                CONVNEST_INLINE_LAMBDA { return load_ahead(x + i * C + c, lanes); },
+            [&](std::int64_t i) CONVNEST_INLINE_LAMBDA { return values + (i & 1) * padded; },
+            static_cast<T*>(f.p.y) + rows.begin * C, mean == nullptr ? mean : mean + rows.begin,
+            rstd == nullptr ? rstd : rstd + rows.begin);
     }
 };
 
@@ -65,102 +47,57 @@ struct Backward {
 
     const GeluLayernormBwdParams& p;
     std::int64_t chunks;
-    A *ln_weight, *ln_bias;
+    ActNorm<T> act_norm;
     Partials<A> partials;
-
-    // One worker's memory, all [Cp].
-    struct Scratch {
-        A *xhat, *slope, *f, *dgamma, *dbeta;
-    };
-
-    Scratch take_scratch(Carver& carver) const {
-        Scratch s;
-        for (A** at : {&s.xhat, &s.slope, &s.f, &s.dgamma, &s.dbeta}) {
-            *at = carver.take<A>(padded_channels<A>(p.C));
-        }
-        return s;
-    }
 
     static void run_chunk(std::int64_t chunk, char* base, void* context) {
         const Backward& f = *static_cast<const Backward*>(context);
         Carver carver(base);
-        const Scratch s = f.take_scratch(carver);
+        const auto s = f.act_norm.take_scratch(carver);
         f.partials.clear(chunk);
         const Range rows = part_of(f.p.rows, f.chunks, chunk);
         for (std::int64_t row = rows.begin; row < rows.end; row += kRowsPerSum) {
-            const std::int64_t end = row + kRowsPerSum < rows.end ? row + kRowsPerSum : rows.end;
-            for (std::int64_t c = 0; c < padded_channels<A>(f.p.C); ++c)
-                s.dgamma[c] = s.dbeta[c] = 0;
-            for (std::int64_t r = row; r < end; ++r) f.run_row(r, s);
+            const std::int64_t left = rows.end - row;
+            f.run_rows(row, left < kRowsPerSum ? left : kRowsPerSum, s);
             f.partials.add_row(chunk, f.partials.kGamma, s.dgamma);
             f.partials.add_row(chunk, f.partials.kBeta, s.dbeta);
         }
     }
 
-    void run_row(std::int64_t row, const Scratch& s) const {
-        const T* dy = static_cast<const T*>(p.dy) + row * p.C;
-        const T* x = static_cast<const T*>(p.x) + row * p.C;
-        const A mean = static_cast<const A*>(p.mean)[row],
-                rstd = static_cast<const A*>(p.rstd)[row];
-        const bool norm_first = p.norm_first;
-        ChannelSum<A> sum_f, sum_fx;
-        over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-            auto a = load_as(x + c, lanes), e = load_as(dy + c, lanes);
-            const auto gamma = load_all(ln_weight + c, lanes);
-            if (!norm_first) {
-                const auto act = gelu_and_grad_of<T>(a);
-                store_all(s.slope + c, act.grad);
-                a = act.value;
-            }
-            const auto xhat = (a - mean) * rstd;
-            if (norm_first)
-                e = e * gelu_and_grad_of<T>(xhat * gamma + load_all(ln_bias + c, lanes)).grad;
-            const auto f = e * gamma;
-            store_all(s.xhat + c, xhat);
-            store_all(s.f + c, f);
-            store_all(s.dgamma + c, load_all(s.dgamma + c, lanes) + e * xhat);
-            store_all(s.dbeta + c, load_all(s.dbeta + c, lanes) + e);
-            sum_f.add(f);
-            sum_fx.add(f * xhat);
-        });
-        if (p.dx == nullptr) return;
-        const NormGradient<A> norm{rstd, sum_f.total() / static_cast<A>(p.C),
-                                   sum_fx.total() / static_cast<A>(p.C)};
-        T* dx = static_cast<T*>(p.dx) + row * p.C;
-        over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-            auto da = norm(load_all(s.f + c, lanes), load_all(s.xhat + c, lanes));
-            if (!norm_first) da = da * load_all(s.slope + c, lanes);
-            store_as(dx + c, da, lanes);
-        });
+    void run_rows(std::int64_t first, std::int64_t count,
+                  const typename ActNorm<T>::Scratch& s) const {
+        T* dx = p.dx == nullptr ? nullptr : static_cast<T*>(p.dx) + first * p.C;
+        act_norm.backward(
+            s, count, static_cast<const T*>(p.dy) + first * p.C,
+            static_cast<const T*>(p.x) + first * p.C, static_cast<const A*>(p.mean) + first,
+            static_cast<const A*>(p.rstd) + first,
+            [&](std::int64_t i)
+                CONVNEST_INLINE_LAMBDA { return dx == nullptr ? dx : dx + i * p.C; },
+            [&](T* row, std::int64_t c, const auto& value, auto lanes) CONVNEST_INLINE_LAMBDA {
+                if (row != nullptr) store_as(row + c, value, lanes);
+            });
     }
 };
 
 template <class T>
 void forward(const GeluLayernormFwdParams& p) {
-    using A = Accumulate<T>;
-    const std::int64_t channels = padded_channels<A>(p.C);
-    Forward<T> f{p, row_units(p.rows, p.C), {}, {}};
-    const CarvedScratch memory([&](Carver& carver) {
-        for (A** at : {&f.ln_weight, &f.ln_bias}) *at = carver.take<A>(channels);
-    });
-    copy_parameter(p.ln_weight, A(1), p.C, f.ln_weight);
-    copy_parameter(p.ln_bias, A(0), p.C, f.ln_bias);
-    run_units({f.units, channels * sizeof(A), nullptr, f.run_unit, &f});
+    Forward<T> f{p, row_units(p.rows, p.C), {p.C, true, p.norm_first, {}, {}}};
+    const CarvedScratch memory([&](Carver& carver) { f.act_norm.take(carver); });
+    f.act_norm.copy(p.ln_weight, p.ln_bias);
+    run_units({f.units, f.scratch_bytes(p.C), nullptr, f.run_unit, &f});
 }
 
 template <class T>
 void backward(const GeluLayernormBwdParams& p) {
     using A = Accumulate<T>;
     const std::int64_t chunks = chunk_count(row_units(p.rows, p.C), Partials<A>::bytes(p.C, 0));
-    Backward<T> f{p, chunks, {}, {}, {}};
+    Backward<T> f{p, chunks, {p.C, true, p.norm_first, {}, {}}, {}};
     const CarvedScratch memory([&](Carver& carver) {
-        f.ln_weight = carver.take<A>(padded_channels<A>(p.C));
-        f.ln_bias = carver.take<A>(padded_channels<A>(p.C));
+        f.act_norm.take(carver);
         f.partials = Partials<A>::take(carver, chunks, p.C, 0);
     });
-    copy_parameter(p.ln_weight, A(1), p.C, f.ln_weight);
-    copy_parameter(p.ln_bias, A(0), p.C, f.ln_bias);
-    const std::size_t scratch = bytes_of([&](Carver& carver) { f.take_scratch(carver); });
+    f.act_norm.copy(p.ln_weight, p.ln_bias);
+    const std::size_t scratch = bytes_of([&](Carver& carver) { f.act_norm.take_scratch(carver); });
     run_units({chunks, scratch, nullptr, f.run_chunk, &f});
     f.partials.sum(nullptr, nullptr, p.dln_weight, p.dln_bias);
 }

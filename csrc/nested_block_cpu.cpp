@@ -17,7 +17,7 @@ struct Forward {
     static void prepare(char* base, void* context) {
         const Forward& f = *static_cast<const Forward*>(context);
         Carver carver(base);
-        f.rows.take_scratch(carver).wide.z.clear(f.rows.wide.step.blocks);
+        f.rows.take_scratch(carver).wide.z.clear();
     }
 
     static void run_unit(std::int64_t unit, char* base, void* context) {

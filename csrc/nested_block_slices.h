@@ -272,7 +272,8 @@ struct NestedBlockSlices {
     };
     Conv take_conv(Carver& carver) const {
         const std::int64_t padded = rows.wide.step.tiles.width() + p.K - 1;
-        Conv conv{{carver.take<A>(p.H * padded * L), p.H, padded, p.H * padded * L, p.K / 2}, {}};
+        const std::int64_t size = p.H * padded * L;
+        Conv conv{{carver.take<A>(size), p.H, padded, size, p.K / 2, size}, {}};
         conv.out = carver.take<A>(p.H * p.W * L);
         return conv;
     }
@@ -287,7 +288,7 @@ struct NestedBlockSlices {
                         const A* rstds, T* kept_u, char* scratch) const {
         Carver carver(scratch);
         const Conv conv = take_conv(carver);
-        conv.z.clear(1);
+        conv.z.clear();
         MapRows<A> map(conv.z, p.H, p.K);
         for (std::int64_t b = 0; b < slice.vectors; ++b) {
             const std::int64_t c = slice.c + b * L, left = p.D - c;

@@ -79,29 +79,25 @@ struct NestedConvRows {
                                           F&& h) const {
         A* g_row = s.g + (y % kept_rows) * step.W * step.pixel;
         A* z_row = s.z.row(0, y) + s.z.pad * L;
-        for (std::int64_t x = 0; x < step.W; ++x) {
-            A* g = g_row + x * step.pixel;
-            ChannelSum<A> sum;
-            over_channels<A>(C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-                const auto value = gelu_of<T>(h(x, c, lanes));
-                store_all(g + c, value);
-                sum.add(value);
+        norm_rows(
+            step.W, C, eps,
+            [&](std::int64_t x, std::int64_t c, auto lanes)
+                CONVNEST_INLINE_LAMBDA { return gelu_of<T>(h(x, c, lanes)); },
+            [&](std::int64_t x) CONVNEST_INLINE_LAMBDA { return g_row + x * step.pixel; },
+            [&](std::int64_t x, const Statistics<A>& stats) CONVNEST_INLINE_LAMBDA {
+                if (mean != nullptr) mean[x] = stats.mean;
+                if (rstd != nullptr) rstd[x] = stats.rstd;
+            },
+            [&](std::int64_t x, std::int64_t c, const auto& xhat,
+                auto lanes) CONVNEST_INLINE_LAMBDA {
+                const auto z = xhat * load_all(ln_weight + c, lanes) + load_all(ln_bias + c, lanes);
+                store_all(z_row + x * L + c / L * s.z.block_stride, z, s.z.block_stride);
             });
-            const auto stats = row_statistics(g, C, sum.total(), eps);
-            A* z = z_row + x * L;
-            over_channels<A>(C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-                const auto xhat = (load_all(g + c, lanes) - stats.mean) * stats.rstd;
-                const auto gamma = load_all(ln_weight + c, lanes);
-                store_all(z, xhat * gamma + load_all(ln_bias + c, lanes), s.z.block_stride);
-                z += lanes.kVectors * s.z.block_stride;
-            });
-            if (mean != nullptr) mean[x] = stats.mean;
-            if (rstd != nullptr) rstd[x] = stats.rstd;
-        }
     }
 
     void convolve(const Scratch& s, std::int64_t y, std::int64_t count) const {
-        step.convolve(kernels, s.z, weight, y, count, s.conv, step.W * step.pixel, step.pixel, L);
+        step.convolve(kernels, s.z, weight, y, count, s.conv, step.W * step.pixel, step.pixel, L,
+                      [](std::int64_t) {});
     }
 
     // u (where it is kept) and v of image row y, the r-th of this step; v(x, c, pack, lanes) takes

@@ -30,49 +30,49 @@ struct RowStep {
     std::int64_t pixel;     // from one pixel to the next in a row buffer
     TilePlan tiles;
 
-    static RowStep plan(std::int64_t H, std::int64_t W, std::int64_t C, int K) {
+    static RowStep plan(std::int64_t H, std::int64_t W, std::int64_t C, int K,
+                        std::int64_t whole_map = kWholeMap) {
         const std::int64_t blocks = block_count<A>(C);
         // An odd number of vectors, as in Ring.
         return {H,
                 W,
                 K,
-                H <= kWholeMap ? H : kRowsPerStep,
+                H <= whole_map ? H : kRowsPerStep,
                 blocks,
                 blocks * L,
                 (blocks | 1) * L,
                 plan_tiles(W)};
     }
 
-    Ring<A> take_ring(Carver& carver) const {
+    // `in_turn`: blocks have the ring one after the other, which a step that is a whole map allows.
+    Ring<A> take_ring(Carver& carver, bool in_turn = false) const {
         const std::int64_t most = rows + K - 1, slots = most < H ? most : H;
         const std::int64_t padded = tiles.width() + K - 1;
         const std::int64_t stride = Ring<A>::block_elements(slots, padded);
-        return {carver.take<A>(blocks * stride), slots, padded, stride, K / 2};
+        const std::int64_t size = (in_turn ? 1 : blocks) * stride;
+        return {carver.take<A>(size), slots, padded, in_turn ? 0 : stride, K / 2, size};
     }
 
     // The ring rows that output row y and those that rows before `end` need.
     std::int64_t first_row(std::int64_t y) const { return y > K / 2 ? y - K / 2 : 0; }
     std::int64_t end_row(std::int64_t end) const { return end + K / 2 < H ? end + K / 2 : H; }
 
-    // Image row y of n into the ring, as it is.
+    // One block of image row y of n, in the accumulate type. A walk with long strides, so it asks
+    // for the next block.
     template <class T>
-    void enter(const Ring<A>& ring, const T* image, std::int64_t n, std::int64_t y,
-               std::int64_t C) const {
-        A* row = ring.row(0, y) + ring.pad * L;
-        for (std::int64_t x = 0; x < W; ++x) {
-            const T* in = image + ((n * H + y) * W + x) * C;
-            A* out = row + x * L;
-            over_channels<A>(C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-                store_all(out, load_as(in + c, lanes), ring.block_stride);
-                out += lanes.kVectors * ring.block_stride;
-            });
+    void copy_row(const T* image, std::int64_t n, std::int64_t y, std::int64_t block,
+                  std::int64_t C, A* out) const {
+        const std::int64_t c = block * L;
+        const T* in = image + (n * H + y) * W * C + c;
+        for (std::int64_t x = 0; x < W; ++x, in += C, out += L) {
+            ask_for(in, L, AllLanes<1>{});
+            store(out, C - c >= L ? load_from(in) : load_as(in, FirstLanes{int(C - c)}).v[0]);
         }
     }
 
     // pointers[i] = ring row y - p + i of a block; those in [begin, end) exist.
     struct Rows {
-        const A*
-            pointers[kLargestKernel - 1 + (kWholeMap > kRowsPerStep ? kWholeMap : kRowsPerStep)];
+        const A* pointers[kLargestKernel - 1 + kSmallMap];
         std::int64_t begin, end;
     };
     void point(const Ring<A>& ring, std::int64_t block, std::int64_t y, std::int64_t count,
@@ -86,12 +86,15 @@ struct RowStep {
     }
 
     // All blocks of `count` rows from y on, to out + r * out_row + x * out_pixel + block *
-    // out_block.
-    void convolve(const RowKernels<A>& kernels, const Ring<A>& ring, const A* weight,
-                  std::int64_t y, std::int64_t count, A* out, std::int64_t out_row,
-                  std::int64_t out_pixel, std::int64_t out_block) const {
+    // out_block; enter(block) comes before each.
+    template <class F>
+    CONVNEST_INLINE_LAMBDA void convolve(const RowKernels<A>& kernels, const Ring<A>& ring,
+                                         const A* weight, std::int64_t y, std::int64_t count,
+                                         A* out, std::int64_t out_row, std::int64_t out_pixel,
+                                         std::int64_t out_block, F&& enter) const {
         Rows r;
         for (std::int64_t b = 0; b < blocks; ++b) {
+            enter(b);
             point(ring, b, y, count, &r);
             kernels.conv_rows({r.pointers, r.begin, r.end, weight + b * K * K * L,
                                out + b * out_block, out_row, out_pixel, count, W, tiles});

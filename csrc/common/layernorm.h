@@ -29,6 +29,33 @@ CONVNEST_INLINE Statistics<A> row_statistics(const A* row, std::int64_t C, A sum
     return {mean, A(1) / square_root(squares.total() / static_cast<A>(C) + eps)};
 }
 
+// Rows of C channels through a norm: value(i, c, lanes) is a Pack of the norm's input, whose rows
+// stay in values(i); leave(i, c, xhat, lanes) takes the result, keep(i, statistics) the statistics.
+// A row enters beside the one before it that leaves, pack by pack: the one is arithmetic, the other
+// waits for memory.
+template <class A, class Value, class Values, class Keep, class Leave>
+CONVNEST_INLINE void norm_rows(std::int64_t count, std::int64_t C, A eps, Value&& value,
+                               Values&& values, Keep&& keep, Leave&& leave) {
+    Statistics<A> stats{};
+    for (std::int64_t i = 0; i <= count; ++i) {
+        ChannelSum<A> sum;
+        A* row = values(i < count ? i : 0);
+        const A* before = values(i > 0 ? i - 1 : 0);
+        over_channels<A>(C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+            if (i < count) {
+                const auto pack = value(i, c, lanes);
+                store_all(row + c, pack);
+                sum.add(pack);
+            }
+            if (i > 0)
+                leave(i - 1, c, (load_all(before + c, lanes) - stats.mean) * stats.rstd, lanes);
+        });
+        if (i == count) break;
+        stats = row_statistics(row, C, sum.total(), eps);
+        keep(i, stats);
+    }
+}
+
 // The two sums of the gradient, over C already, and rstd: dx = rstd (dz - mean_dz - xhat mean_dzx).
 template <class A>
 struct NormGradient {
