@@ -10,6 +10,7 @@
 // needs, by the code of forward, so that the gradients have the same bits whatever was kept.
 // Parameter gradients go into one partial per chunk and are summed in order.
 // Small maps have a pass of their own: nested_block_bwd_slices_cpu.cpp.
+#include "common/call.h"
 #include "nested_block_bwd_pixel.h"
 #include "nested_block_bwd_slices.h"
 #include "nested_conv_bwd_rows.h"
@@ -295,12 +296,7 @@ void backward(const NestedBlockBwdParams& p) {
 }  // namespace
 
 void nested_block_backward(const NestedBlockBwdParams& p) {
-    switch (p.dtype) {
-        case DType::kFloat32: return backward<float>(p);
-        case DType::kFloat64: return backward<double>(p);
-        case DType::kBFloat16: return backward<BFloat16>(p);
-        case DType::kFloat16: return backward<Float16>(p);
-    }
+    with_type(p.dtype, [&](auto type) { backward<typename decltype(type)::type>(p); });
 }
 
 }  // namespace convnest::CONVNEST_ISA

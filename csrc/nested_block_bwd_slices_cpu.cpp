@@ -12,6 +12,7 @@
 // A slice's gradients belong to one unit in each group, and groups come in order: one sum for each
 // gradient, in memory of the gradient itself where its rows are whole vectors, in the same order
 // for every number of threads.
+#include "common/call.h"
 #include "nested_block_bwd_pixel.h"
 #include "nested_block_bwd_slices.h"
 #include "nested_block_slices.h"
@@ -372,12 +373,7 @@ void backward(const NestedBlockBwdParams& p) {
 }  // namespace
 
 void nested_block_backward_slices(const NestedBlockBwdParams& p) {
-    switch (p.dtype) {
-        case DType::kFloat32: return backward<float>(p);
-        case DType::kFloat64: return backward<double>(p);
-        case DType::kBFloat16: return backward<BFloat16>(p);
-        case DType::kFloat16: return backward<Float16>(p);
-    }
+    with_type(p.dtype, [&](auto type) { backward<typename decltype(type)::type>(p); });
 }
 
 }  // namespace convnest::CONVNEST_ISA

@@ -3,6 +3,7 @@
 // Reads x; writes y, and what is kept for backward. A unit is a band of rows of one image
 // (nested_block_rows.h), and nothing is computed twice but the halo rows of neighbouring bands; or,
 // for small maps, a slice of the channels of a few images (nested_block_slices.h).
+#include "common/call.h"
 #include "nested_block_rows.h"
 #include "nested_block_slices.h"
 
@@ -77,22 +78,12 @@ std::int64_t pack(const NestedBlockFwdParams& p, char* memory) {
 
 std::int64_t nested_block_pack(const NestedBlockFwdParams& p, void* packed) {
     char* memory = static_cast<char*>(packed);
-    switch (p.dtype) {
-        case DType::kFloat32: return pack<float>(p, memory);
-        case DType::kFloat64: return pack<double>(p, memory);
-        case DType::kBFloat16: return pack<BFloat16>(p, memory);
-        case DType::kFloat16: return pack<Float16>(p, memory);
-    }
-    return 0;
+    return with_type(p.dtype,
+                     [&](auto type) { return pack<typename decltype(type)::type>(p, memory); });
 }
 
 void nested_block_forward(const NestedBlockFwdParams& p) {
-    switch (p.dtype) {
-        case DType::kFloat32: return forward<float>(p);
-        case DType::kFloat64: return forward<double>(p);
-        case DType::kBFloat16: return forward<BFloat16>(p);
-        case DType::kFloat16: return forward<Float16>(p);
-    }
+    with_type(p.dtype, [&](auto type) { forward<typename decltype(type)::type>(p); });
 }
 
 }  // namespace convnest::CONVNEST_ISA
