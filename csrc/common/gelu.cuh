@@ -66,6 +66,13 @@ struct ScalarOps {
         const float a = fabsf(x);
         return a < bound ? a : bound;
     }
+    CONVNEST_INLINE F multiply_add(F a, F b, F c) {
+#if defined(__CUDA_ARCH__)
+        return fmaf(a, b, c);
+#else
+        return a * b + c;
+#endif
+    }
     CONVNEST_INLINE F square_rest(F a, F square) { return fmaf(a, a, -square); }
     CONVNEST_INLINE F reciprocal(F x) {
 #if defined(__CUDA_ARCH__)

@@ -192,6 +192,17 @@ CONVNEST_INLINE Floats rest_of(Floats a, Floats square) {
 #endif
 }
 
+// a b + c, rounded once where there is an instruction for it.
+CONVNEST_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+#if CONVNEST_VECTOR_BYTES == 64
+    return (Floats)_mm512_maskz_fmadd_ps(0xffff, (__m512)a, (__m512)b, (__m512)c);
+#elif CONVNEST_VECTOR_BYTES == 32
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
 template <int N>
 struct PackOps {
     using F = Pack<float, N>;
@@ -202,6 +213,12 @@ struct PackOps {
         return make_pack<float, N>([&](auto i) CONVNEST_INLINE_LAMBDA {
             const Words bits = (Words)x.v[i] & 0x7fffffffu;
             return (Floats)(bits < most ? bits : most);
+        });
+    }
+    CONVNEST_INLINE F multiply_add(const F& a, float b, const F& c) {
+        const Floats factor = b + Floats{};
+        return make_pack<float, N>([&](auto i) CONVNEST_INLINE_LAMBDA {
+            return CONVNEST_ISA::multiply_add(a.v[i], factor, c.v[i]);
         });
     }
     CONVNEST_INLINE F square_rest(const F& a, const F& square) {
@@ -218,7 +235,10 @@ struct PackOps {
         const F r = make_pack<float, N>(
             [&](auto i) CONVNEST_INLINE_LAMBDA { return reciprocal_estimate(x.v[i]); });
         if constexpr (kVectorBytes == 16) return r;
-        return r + r * (1.0f - x * r);
+        return make_pack<float, N>([&](auto i) CONVNEST_INLINE_LAMBDA {
+            const Floats rest = CONVNEST_ISA::multiply_add(-x.v[i], r.v[i], 1.0f + Floats{});
+            return CONVNEST_ISA::multiply_add(r.v[i], rest, r.v[i]);
+        });
     }
     CONVNEST_INLINE F if_negative(const F& x, const F& a, const F& b) {
         return make_pack<float, N>(
