@@ -186,6 +186,8 @@ RowKernels<A> choose(int K) {
 }  // namespace
 
 void row_kernels(int K, RowKernels<float>* kernels) { *kernels = choose<float>(K); }
+#if !defined(CONVNEST_FLOAT32_ONLY)
 void row_kernels(int K, RowKernels<double>* kernels) { *kernels = choose<double>(K); }
+#endif
 
 }  // namespace convnest::CONVNEST_ISA

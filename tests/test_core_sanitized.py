@@ -1,7 +1,7 @@
-"""nested_block under GCC's sanitizers: the portable path, four threads.
+"""nested_block and the wide operators under GCC's sanitizers: float32, four threads.
 
-One build watches threads, one addresses and undefined behaviour. Instruction sets share every line
-but the vector operations; test_core_memory.py guards the tensors' bounds on each of them, as built.
+One build watches threads, one addresses and undefined behaviour, on the portable path and on AVX2.
+test_core_memory.py guards the tensors' bounds in every type and on every instruction set, as built.
 Here the pieces of scratch memory have gaps between them (Carver), so that a kernel which leaves its
 piece is seen too.
 """
@@ -14,13 +14,21 @@ from pathlib import Path
 
 import pytest
 
+from convnest_kernels import _extension
+
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 FLAGS = [
     *("-std=c++17", "-O1", "-g0", "-fno-math-errno", "-fno-trapping-math", "-w", f"-I{CSRC}"),
-    *("-DCONVNEST_ISA=portable", "-DCONVNEST_VECTOR_BYTES=16"),
-    "-fno-sanitize-recover=all",
+    *("-DCONVNEST_FLOAT32_ONLY", "-fno-sanitize-recover=all"),
 ]
+ISAS = {
+    "portable": ["-DCONVNEST_ISA=portable", "-DCONVNEST_VECTOR_BYTES=16"],
+    "avx2": [
+        *("-DCONVNEST_ISA=avx2", "-DCONVNEST_VECTOR_BYTES=32"),
+        *("-mavx2", "-mfma", "-mf16c"),
+    ],
+}
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:
@@ -37,10 +45,10 @@ OPTIONS = {
 }
 
 
-def build(sanitizers: str, folder: Path) -> Path:
-    """The portable core and the driver, compiled with some sanitizers."""
-    flags = [*FLAGS, f"-fsanitize={sanitizers}", *OPTIONS[sanitizers]]
-    sources = [*CSRC.glob("nested_block*_cpu.cpp"), *CSRC.glob("*_row*_cpu.cpp")]
+def build(sanitizers: str, isa: str, folder: Path) -> Path:
+    """The core and the driver, compiled for an instruction set with some sanitizers."""
+    flags = [*FLAGS, *ISAS[isa], f"-fsanitize={sanitizers}", *OPTIONS[sanitizers]]
+    sources = [source for source in CSRC.glob("*_cpu.cpp") if "residual" not in source.stem]
     sources += [CSRC / "common" / "parallel.cpp", ROOT / "tests" / "core_sanitized.cpp"]
 
     def compile_(source: Path) -> Path:
@@ -59,8 +67,12 @@ def build(sanitizers: str, folder: Path) -> Path:
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("sanitizers", OPTIONS)
-def test_sanitizers_find_nothing(sanitizers: str, tmp_path: Path) -> None:
-    done = run(build(sanitizers, tmp_path))
+def test_sanitizers_find_nothing(sanitizers: str, isa: str, tmp_path: Path) -> None:
+    module = _extension.module
+    if isa != "portable" and (module is None or isa not in module.cpu.isas()):
+        pytest.skip(f"this machine has no {isa}")
+    done = run(build(sanitizers, isa, tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip() == "same bits"
