@@ -34,11 +34,13 @@ enum class Start { kY, kBias, kZero };
 
 // y[i, v] = start + sum_k x[i, k] w[k, v] for `count` steps of k.
 // Consecutive rows of x and of y lie x_row and y_row apart, consecutive k of x and w x_k and w_k.
-template <class E, int P, int V, Start kStart>
+// With kAsk each step asks for a cache line from the address `ahead` on, to be in L2 later; a
+// number, since it may lie beyond the weights.
+template <class E, int P, int V, Start kStart, bool kAsk = false>
 CONVNEST_INLINE void tile(const E* x, std::int64_t x_row, std::int64_t x_k,
                           const typename Operand<E>::Packed* weight, std::int64_t w_k,
                           std::int64_t count, const Accumulate<E>* bias, Accumulate<E>* y,
-                          std::int64_t y_row) {
+                          std::int64_t y_row, std::uintptr_t ahead = 0) {
     using A = Accumulate<E>;
     constexpr int L = kLanes<A>;
     Vec<A> sum[P][V];
@@ -50,6 +52,9 @@ CONVNEST_INLINE void tile(const E* x, std::int64_t x_row, std::int64_t x_k,
         });
     });
     for (std::int64_t k = 0; k < count; ++k) {
+        if constexpr (kAsk) {
+            __builtin_prefetch(reinterpret_cast<const void*>(ahead + k * kVectorBytes), 0, 2);
+        }
         unroll<P>([&](auto i) CONVNEST_INLINE_LAMBDA {
             unroll<V>([&](auto v) CONVNEST_INLINE_LAMBDA {
                 sum[i][v] = multiply_add(sum[i][v], x + i * x_row + k * x_k, weight + v * L);
@@ -75,61 +80,94 @@ CONVNEST_INLINE void over_rows(std::int64_t rows, F&& f) {
     step(Constant<1>{});
 }
 
-// f(V, first vector) for the panels in `range`.
+// f(V, panel, its first vector) for the panels in `range`.
 template <class F>
 CONVNEST_INLINE void over_panels(std::int64_t blocks, Range range, F&& f) {
     for (std::int64_t i = range.begin; i < range.end; ++i) {
         const Panel panel = panel_at(blocks, i);
         unroll<kPanel>([&](auto v) CONVNEST_INLINE_LAMBDA {
             constexpr int V = decltype(v)::value + 1;
-            if (panel.vectors == V) f(Constant<V>{}, panel.first);
+            if (panel.vectors == V) f(Constant<V>{}, i, panel.first);
         });
     }
 }
 
 // `count` steps from k on of the panel of V vectors from `column` on, for all rows; x and y are at
-// their first step and column.
+// their first step and column. While the tiles of rows after the first one run, they ask for the
+// weights at `next` (where not null), a V-th each: as many as are in use now.
 template <class E, int V, Start kStart>
 void panel_rows(const LinearRows<E>& l, const E* x, Accumulate<E>* y, std::int64_t column,
-                std::int64_t k, std::int64_t count) {
+                std::int64_t k, std::int64_t count, const char* next) {
     constexpr int L = kLanes<Accumulate<E>>;
     const auto* weight = l.weight + column * packed_steps<E>(l.K) + k * V * L;
     over_rows(l.rows, [&](auto P, std::int64_t row) CONVNEST_INLINE_LAMBDA {
-        tile<E, decltype(P)::value, V, kStart>(x + row * l.x_stride, l.x_stride, Operand<E>::kStep,
-                                               weight, V * L, count, l.bias + column,
-                                               y + row * l.y_stride, l.y_stride);
+        const auto run = [&](auto ask, std::uintptr_t ahead) CONVNEST_INLINE_LAMBDA {
+            tile<E, decltype(P)::value, V, kStart, decltype(ask)::value != 0>(
+                x + row * l.x_stride, l.x_stride, Operand<E>::kStep, weight, V * L, count,
+                l.bias + column, y + row * l.y_stride, l.y_stride, ahead);
+        };
+        const std::int64_t part = row / kRowTile - 1;
+        if (P == kRowTile && next != nullptr && part >= 0 && part < V) {
+            run(Constant<1>{},
+                reinterpret_cast<std::uintptr_t>(next) + part * count * kVectorBytes);
+        } else {
+            run(Constant<0>{}, 0);
+        }
     });
 }
 
+// The same for `steps`, in parts; `after` is what comes after the last of them.
 template <class E, int V>
-void panel_part(const LinearRows<E>& l, std::int64_t column, Accumulate<E>* y, Range steps) {
+void panel_part(const LinearRows<E>& l, std::int64_t column, Accumulate<E>* y, Range steps,
+                const char* after) {
+    const auto* weight = l.weight + column * packed_steps<E>(l.K);
     constexpr std::int64_t kCount = kPanelBytes / (V * kVectorBytes);
     const std::int64_t total = steps.end - steps.begin, parts = (total + kCount - 1) / kCount;
     for (std::int64_t i = 0; i < parts; ++i) {
         const Range part = part_of(total, parts, i);
         const std::int64_t k = steps.begin + part.begin, count = part.end - part.begin;
         const E* x = l.x + part.begin * Operand<E>::kStep;
+        const char* next = after;
+        if (after != nullptr && i + 1 < parts) {
+            next = reinterpret_cast<const char*>(weight + (k + count) * V * kLanes<Accumulate<E>>);
+        }
         if (k == 0) {
-            panel_rows<E, V, Start::kBias>(l, x, y, column, k, count);
+            panel_rows<E, V, Start::kBias>(l, x, y, column, k, count, next);
         } else {
-            panel_rows<E, V, Start::kY>(l, x, y, column, k, count);
+            panel_rows<E, V, Start::kY>(l, x, y, column, k, count, next);
         }
     }
 }
 
+// `streams`: the weights come from L3 or memory, since the layer has more than an L2 cache holds.
 template <class E>
-void some_panels(const LinearRows<E>& l, Range panels, Range steps) {
+void some_panels(const LinearRows<E>& l, Range panels, Range steps, bool streams) {
     constexpr int L = kLanes<Accumulate<E>>;
     const std::int64_t blocks = block_count<Accumulate<E>>(l.M);
     const std::int64_t origin = panel_at(blocks, panels.begin).first;
-    over_panels(blocks, panels, [&](auto V, std::int64_t first) {
-        panel_part<E, decltype(V)::value>(l, first * L, l.y + (first - origin) * L, steps);
+    const auto at = [&](std::int64_t i, std::int64_t step) -> const char* {
+        if (!streams) return nullptr;
+        const Panel panel = panel_at(blocks, i);
+        return reinterpret_cast<const char*>(l.weight + panel.first * L * packed_steps<E>(l.K) +
+                                             step * panel.vectors * L);
+    };
+    // What comes after the last panel: the next steps of the first, or the panel after it.
+    const char* last = at(0, 0);
+    if (steps.end < packed_steps<E>(l.K)) {
+        last = at(panels.begin, steps.end);
+    } else if (panels.end < panel_count(blocks)) {
+        last = at(panels.end, 0);
+    }
+    over_panels(blocks, panels, [&](auto V, std::int64_t i, std::int64_t first) {
+        panel_part<E, decltype(V)::value>(l, first * L, l.y + (first - origin) * L, steps,
+                                          i + 1 < panels.end ? at(i + 1, steps.begin) : last);
     });
 }
 
 template <class E>
 void all_panels(const LinearRows<E>& l) {
-    some_panels(l, {0, panel_count(block_count<Accumulate<E>>(l.M))}, {0, packed_steps<E>(l.K)});
+    some_panels(l, {0, panel_count(block_count<Accumulate<E>>(l.M))}, {0, packed_steps<E>(l.K)},
+                false);
 }
 
 template <class A, int V, Start kStart>
@@ -144,7 +182,7 @@ void outer_panel(const OuterRows<A>& o, std::int64_t column) {
 template <class A>
 void all_columns(const OuterRows<A>& o) {
     const std::int64_t blocks = o.columns / kLanes<A>;
-    over_panels(blocks, {0, panel_count(blocks)}, [&](auto V, std::int64_t first) {
+    over_panels(blocks, {0, panel_count(blocks)}, [&](auto V, std::int64_t, std::int64_t first) {
         const std::int64_t column = first * kLanes<A>;
         if (o.first) {
             outer_panel<A, decltype(V)::value, Start::kZero>(o, column);
@@ -255,17 +293,17 @@ void outer_rows(const OuterRows<double>& o) { all_columns(o); }
 void linear_rows(const LinearRows<float>& l) { all_panels(l); }
 void linear_rows(const LinearRows<double>& l) { all_panels(l); }
 void linear_part(const LinearRows<float>& l, Range panels, Range steps) {
-    some_panels(l, panels, steps);
+    some_panels(l, panels, steps, true);
 }
 void linear_part(const LinearRows<double>& l, Range panels, Range steps) {
-    some_panels(l, panels, steps);
+    some_panels(l, panels, steps, true);
 }
 void pack_linear(const PackLinear<float>& p) { pack(p); }
 void pack_linear(const PackLinear<double>& p) { pack(p); }
 #if defined(__AVX512BF16__)
 void linear_rows(const LinearRows<BFloat16>& l) { all_panels(l); }
 void linear_part(const LinearRows<BFloat16>& l, Range panels, Range steps) {
-    some_panels(l, panels, steps);
+    some_panels(l, panels, steps, true);
 }
 void pack_linear(const PackLinear<BFloat16>& p) { pack(p); }
 #endif
