@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 CSRC = Path(__file__).parent.parent / "csrc"
@@ -41,6 +42,30 @@ class Kernel:
             if op.startswith("BRA") and labels.get(target, i) < i
         ]
 
+    def leaves(self, start: int = 0, end: int | None = None) -> list[tuple[int, int]]:
+        """The loops within [start, end] that hold no other."""
+        last = len(self.instructions) if end is None else end
+        inside = [(a, b) for a, b in self.loops() if start <= a and b <= last]
+        return [
+            (a, b)
+            for a, b in inside
+            if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in inside)
+        ]
+
+    def mix(self, start: int, end: int) -> collections.Counter[str]:
+        """Opcodes of the instructions from `start` to `end`, each once."""
+        found = (op for op, _ in self.instructions[start : end + 1])
+        return collections.Counter(op for op in found if not op.endswith(":") and op != "NOP")
+
+    def straight_mix(self) -> collections.Counter[str]:
+        """Opcodes outside of loops."""
+        inside = {i for start, end in self.loops() for i in range(start, end + 1)}
+        mix: collections.Counter[str] = collections.Counter()
+        for i in range(len(self.instructions)):
+            if i not in inside:
+                mix += self.mix(i, i)
+        return mix
+
     def stage_mix(self, inner_trips: int) -> collections.Counter[str]:
         """Opcodes of one turn of the innermost loop with a barrier and tensor-core work.
 
@@ -63,14 +88,7 @@ class Kernel:
 
     def loop_mix(self, opcode: str, least: int) -> collections.Counter[str]:
         """Opcodes of one turn of the innermost loop with at least `least` of `opcode`."""
-        mixes = [
-            collections.Counter(
-                op
-                for op, _ in self.instructions[start : end + 1]
-                if not op.endswith(":") and op != "NOP"
-            )
-            for start, end in self.loops()
-        ]
+        mixes = [self.mix(start, end) for start, end in self.loops()]
         return min(
             (
                 mix
@@ -100,11 +118,15 @@ def demangle(names: list[str]) -> list[str]:
     return [re.sub(r"convnest::cuda::|^void |\([^()]*\)$", "", n) for n in done.stdout.splitlines()]
 
 
-def compile_kernels(source: Path, arch: str) -> list[Kernel]:
-    """Compile a .cu for one architecture ("sm_80") and read all of its kernels."""
+def compile_kernels(source: Path, arch: str, include: Sequence[Path] = ()) -> list[Kernel]:
+    """Compile a .cu for one architecture ("sm_80") and read all of its kernels.
+
+    `include`: folders whose headers go before those of csrc.
+    """
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
-        command = ["nvcc", "-std=c++20", "-cubin", f"-arch={arch}", "-Xptxas", "-v", f"-I{CSRC}"]
+        command = ["nvcc", "-std=c++20", "-cubin", f"-arch={arch}", "-Xptxas", "-v"]
+        command += [f"-I{folder}" for folder in (*include, CSRC)]
         log = subprocess.run(
             [*command, str(source), "-o", str(cubin)], capture_output=True, text=True, check=False
         )
@@ -128,6 +150,12 @@ def compile_kernels(source: Path, arch: str) -> list[Kernel]:
         mangled: Kernel(name, int(registers), int(stack), int(stores) + int(loads))
         for (mangled, stack, stores, loads, registers), name in zip(found, names, strict=True)
     }
+    read_listing(listing, kernels)
+    return list(kernels.values())
+
+
+def read_listing(listing: str, kernels: dict[str, Kernel]) -> None:
+    """Add nvdisasm's instructions to the kernels, by their mangled names."""
     current: Kernel | None = None
     for line in listing.splitlines():
         if section := re.match(r"\s*\.section\s+\.text\.(\w+)", line):
@@ -141,4 +169,3 @@ def compile_kernels(source: Path, arch: str) -> list[Kernel]:
         elif code := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
             target = re.search(r"`\((\.L_x_\d+)\)", code[2])
             current.instructions.append((code[1], target[1] if target else ""))
-    return list(kernels.values())

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import _extension
+from .. import _extension, backends
 from ..backends import Call
-from . import _host
+from . import _host, choice
 
 name = "cuda"
 
@@ -36,8 +36,13 @@ def reasons_against(call: Call) -> list[str]:
 
 
 def reasons_against_auto(call: Call) -> list[str]:
-    """In the emulation it is a tool for tests."""
-    return ["in its emulation it runs by name alone"] if _host.emulation is not None else []
+    """Where Triton can run the call, and is predicted to be faster (choice.py)."""
+    if _host.emulation is not None:
+        return ["in its emulation it runs by name alone"]  # a tool for tests
+    if backends.reasons_against("triton", call):
+        return []
+    reason = choice.reason_against(call, torch.cuda.get_device_capability())
+    return [] if reason is None else [reason]
 
 
 def _reasons_against_machine(device: str) -> list[str]:

@@ -42,7 +42,10 @@ def explain_all() -> list[Explanation]:
 
 
 def collect() -> list[dict[str, Any]]:
-    """One entry per device, operator and dtype: the backend used, the reasons against the rest."""
+    """One entry per device, operator and dtype: the backend used, the reasons against the rest.
+
+    `auto`: of those that can run it, why "auto" passes them over.
+    """
     return [
         {
             "device": explanation.call.device,
@@ -50,6 +53,7 @@ def collect() -> list[dict[str, Any]]:
             "dtype": short(explanation.call.dtype),
             "backend": explanation.backend,
             "reasons": explanation.reasons,
+            "auto": explanation.auto,
         }
         for explanation in explain_all()
     ]
@@ -71,11 +75,12 @@ def _show_reasons(here: list[dict[str, Any]]) -> list[str]:
     """Each distinct reason once, with what it holds for where that is not everything."""
     lines = []
     for name in BACKENDS:
-        holds_for: dict[str, list[str]] = {}
-        for entry in here:
-            for reason in entry["reasons"][name]:
-                holds_for.setdefault(reason, []).append(f"{entry['operator']} {entry['dtype']}")
-        for reason, calls in holds_for.items():
-            where = "" if len(calls) == len(here) else f" [{', '.join(calls)}]"
-            lines.append(f"  not {name}: {reason}{where}")
+        for kind, label in (("reasons", "not"), ("auto", "auto passes over")):
+            holds_for: dict[str, list[str]] = {}
+            for entry in here:
+                for reason in entry[kind][name]:
+                    holds_for.setdefault(reason, []).append(f"{entry['operator']} {entry['dtype']}")
+            for reason, calls in holds_for.items():
+                where = "" if len(calls) == len(here) else f" [{', '.join(calls)}]"
+                lines.append(f"  {label} {name}: {reason}{where}")
     return lines

@@ -234,12 +234,17 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, collections.Counter[str]]:
     return found["REG"], found["STACK"] + found["LOCAL"], mix
 
 
-def loop_mix(cubin: bytes) -> collections.Counter[str]:
-    """The instructions of the largest innermost loop: for a convolution, one step down the rows."""
+def disassemble(cubin: bytes) -> str:
+    """The listing of nvdisasm."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        listing = _tool("nvdisasm", "-c", file.name)
+        return _tool("nvdisasm", "-c", file.name)
+
+
+def loop_mix(cubin: bytes) -> collections.Counter[str]:
+    """The instructions of the largest innermost loop: for a convolution, one step down the rows."""
+    listing = disassemble(cubin)
     opcodes: list[str] = []
     labels: dict[str, int] = {}
     loops: list[tuple[int, int]] = []
