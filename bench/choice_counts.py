@@ -150,34 +150,23 @@ def _count(kernel: sass.Kernel) -> Counts:
     return per_output(kernel.stage_mix(2), 4 * 128 * channels)
 
 
-def _fma_parts(kernel: sass.Kernel, size: int, stores: int) -> tuple[Counts, Counts]:
-    """Of an output of the product, and of a lane's 16 bytes of the fill, in `stores`."""
+def _fma_parts(kernel: sass.Kernel, size: int) -> tuple[Counts, Counts]:
+    """Of an output of the product, and of a lane's 16 bytes of the fetch and the fill."""
     forward = kernel.name.startswith("depthwise_fma_kernel")
-    rows = size if forward or size <= 9 else (size + 1) // 2
-    products = 7 * size * rows * (1 if forward else 4)
+    kernel_rows = size if forward or size <= 9 else (size + 1) // 2
+    rows = 1 if forward else 2
 
     def count(loop: tuple[int, int], opcode: str) -> int:
         return sum(n for op, n in kernel.mix(*loop).items() if op.startswith(opcode))
 
-    loops = kernel.loops()
-    stages = [loop for loop in loops if count(loop, "BAR") and count(loop, "FFMA") >= products]
+    products = 7 * size * kernel_rows * rows
+    stages = [a for a in kernel.loops() if count(a, "BAR") and count(a, "FFMA") >= products]
     stage = min(stages, key=lambda loop: loop[1] - loop[0])
     leaves = kernel.leaves(*stage)
-    # ptxas may unroll the fill: then there are several, of which one does the most.
-    fills = [leaf for leaf in leaves if count(leaf, "STS.128")]
-    fill = max(fills, key=lambda leaf: count(leaf, "STS.128"))
-    fill_counts = per_output(kernel.mix(*fill), 32 * count(fill, "STS.128") / stores)
-    rest = kernel.mix(*stage)
-    for leaf in fills:
-        rest -= kernel.mix(*leaf)
-    if not forward:
-        return per_output(rest, 32 * 7 * 4), fill_counts
-    rows_of = [leaf for leaf in leaves if leaf not in fills and count(leaf, "FFMA") >= products]
-    (row,) = (kernel.mix(*leaf) for leaf in rows_of)
-    counts = per_output(row, 32 * 7)
-    for pipe, n in per_output(rest - row, 2 * 32 * 7).items():
-        counts[pipe] = counts.get(pipe, 0) + n
-    return counts, fill_counts
+    (fetch,) = (leaf for leaf in leaves if count(leaf, "LDGSTS"))
+    (fill,) = (leaf for leaf in leaves if count(leaf, "STS.128"))
+    vector = kernel.mix(*fetch) + kernel.mix(*fill)
+    return per_output(kernel.mix(*stage) - vector, 32 * 7 * rows), per_output(vector, 32)
 
 
 def fma_counts(arch: str, source: str) -> dict[str, Counts]:
@@ -205,11 +194,8 @@ def fma_counts(arch: str, source: str) -> dict[str, Counts]:
         kernels = _compile(_translation_unit(includes, instances), arch, folder)
     found = {}
     for kernel in kernels:
-        element, size = kernel.name.partition("<")[2].rstrip(">").split(", ")
-        stores = 1 if element == "Float32" else 2
-        if source == "gelu_norm" and kernel.name.startswith("depthwise_fma_kernel"):
-            stores *= 2  # g beside z
-        product, fill = _fma_parts(kernel, int(size), stores)
+        size = int(kernel.name.rstrip(">").split(", ")[1])
+        product, fill = _fma_parts(kernel, size)
         found[f"{kernel.name} {source} product"] = product
         found[f"{kernel.name} {source} fill"] = fill
     return found

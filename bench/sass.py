@@ -86,17 +86,22 @@ class Kernel:
                 mix[opcode] += inner_trips if any(a <= i <= b for a, b in inner) else 1
         return mix
 
-    def loop_mix(self, opcode: str, least: int) -> collections.Counter[str]:
-        """Opcodes of one turn of the innermost loop with at least `least` of `opcode`."""
-        mixes = [self.mix(start, end) for start, end in self.loops()]
-        return min(
-            (
-                mix
-                for mix in mixes
-                if sum(n for op, n in mix.items() if op.startswith(opcode)) >= least
-            ),
-            key=collections.Counter.total,
-        )
+    def loop_mix(self, opcode: str, least: int, inner: bool = True) -> collections.Counter[str]:
+        """Opcodes of one turn of the innermost loop with at least `least` of `opcode`.
+
+        Loops inside of it are counted once, or not at all.
+        """
+
+        def count(loop: tuple[int, int]) -> int:
+            return sum(n for op, n in self.mix(*loop).items() if op.startswith(opcode))
+
+        loops = [loop for loop in self.loops() if count(loop) >= least]
+        loop = min(loops, key=lambda loop: self.mix(*loop).total())
+        mix = self.mix(*loop)
+        for leaf in self.leaves(*loop):
+            if not inner and leaf != loop:
+                mix -= self.mix(*leaf)
+        return mix
 
 
 def nvdisasm() -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bench import predict, predict_choice
+from bench import choice_model, predict, predict_choice
 from convnest_kernels import backends, cuda
 from convnest_kernels.backends import Call
 from convnest_kernels.cuda import choice
@@ -41,13 +41,13 @@ def both_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 
 def test_the_table_is_what_the_counts_on_file_predict() -> None:
-    """Fails where counts, model or table have been changed alone: bench.predict_choice --page."""
+    """Fails where counts, model or table have been changed alone: bench.predict_choice --count."""
     assert choice.read() == predict_choice.table()
     assert predict_choice.PAGE.read_text() == predict_choice.page()
 
 
 @pytest.mark.parametrize("call", predict_choice.stage_calls(), ids=str)
-def test_the_rule_takes_what_is_predicted_to_be_faster(call: predict_choice.Call) -> None:
+def test_the_rule_takes_what_is_predicted_to_be_faster(call: choice_model.Call) -> None:
     """Worked out anew, from the ratio of each chip: a mean and no table."""
     dtype = torch.bfloat16 if call.dtype == "bf16" else torch.float32
     asked = Call(call.operator, "cuda", dtype, call.shape[-1], call.kernel_size or None, call.shape)
@@ -56,8 +56,8 @@ def test_the_rule_takes_what_is_predicted_to_be_faster(call: predict_choice.Call
             other
             for other in predict_choice.stage_calls()
             if other[:3] == call[:3]
-            and (predict_choice.path(other) == "small map")
-            == (predict_choice.path(call) == "small map")
+            and (choice_model.path(other) == "small map")
+            == (choice_model.path(call) == "small map")
         ]
         logs = [math.log(predict_choice.ratio(o, c, True)) for o in alike for c in chips]
         slower = math.exp(sum(logs) / len(logs)) > 1.005
@@ -140,7 +140,7 @@ def test_explain_and_doctor_show_the_reason(both_run: pytest.MonkeyPatch) -> Non
 def test_small_maps_are_those_of_the_kernels() -> None:
     of_the_core = emulation.library().takes_small_map
     sides, images = range(10), (0, 1, 2, 5, 16, 17, 128)
-    for n, h, w, size in itertools.product(images, sides, sides, predict_choice.KERNEL_SIZES):
+    for n, h, w, size in itertools.product(images, sides, sides, choice_model.KERNEL_SIZES):
         assert choice.takes_small_map(n, h, w, size) == bool(of_the_core(n, h, w, size))
 
 
@@ -158,7 +158,7 @@ def test_small_maps_need_vectors_and_16_bits() -> None:
 def test_strips_mirror_the_launches(shape: tuple[int, int, int], strips: int, wanted: int) -> None:
     found = (ctypes.c_int * 4)()
     emulation.library().fma_tiles(*shape, strips, wanted, found)
-    per_image, beside, rows = predict_choice.fma_tiles((*shape, 1), strips, wanted)
+    per_image, beside, rows = choice_model.fma_tiles((*shape, 1), strips, wanted)
     assert [per_image, beside, len(rows)] == list(found)[:3]
     assert max(end - first for first, end in rows) == min(found[3], shape[1])
     assert sum(end - first for first, end in rows) * beside >= math.prod(shape[:2])
@@ -167,7 +167,7 @@ def test_strips_mirror_the_launches(shape: tuple[int, int, int], strips: int, wa
 def test_a_kernel_takes_the_longest_of_its_terms() -> None:
     chip = predict.Chip("made up", "sm_90", 100, 1e9, 4e11, 512, 64)
     counts = {"fp32": 1.0, "alu": 0.5, "mufu": 0.5, "tensor": 0.25, "wavefronts": 0.125}
-    terms = predict_choice.terms(chip, predict_choice.Kernel("", counts, 2), element=2)
+    terms = choice_model.terms(chip, choice_model.Kernel("", counts, 2), element=2)
     assert terms == {
         "memory": 1.0,  # 4 bytes at 4 to a clock and SM
         "issue": 2.25 / 4,
@@ -177,15 +177,15 @@ def test_a_kernel_takes_the_longest_of_its_terms() -> None:
         "tensor": 1.0,
         "shared": 0.125,
     }
-    half = predict_choice.Kernel("", {"fp32": 4.0}, 1)
-    assert predict_choice.clocks(chip, [half, half], element=2) == 4
+    half = choice_model.Kernel("", {"fp32": 4.0}, 1)
+    assert choice_model.clocks(chip, [half, half], element=2) == 4
 
 
 def test_padding_is_paid_for() -> None:
     """A row of 6 vectors takes a warp: 32 lanes."""
-    counts = predict_choice.counts_on_file()["cuda"]["sm_80"]
-    call = predict_choice.Call("layernorm_residual", "bf16", 0, (128, 56, 56, 48))
-    (kernel,) = predict_choice.cuda_kernels(call, predict.CHIPS[0], False, "rows")
+    counts = choice_model.counts_on_file()["cuda"]["sm_80"]
+    call = choice_model.Call("layernorm_residual", "bf16", 0, (128, 56, 56, 48))
+    (kernel,) = choice_model.cuda_kernels(call, predict.CHIPS[0], False, "rows")
     of_a_lane = counts["row_statistics_kernel<BFloat16, false, (RowOutput)3, true>"]
     assert kernel.counts["fp32"] == pytest.approx(of_a_lane["fp32"] * 32 / 6)
     assert kernel.passes == 3

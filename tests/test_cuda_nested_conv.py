@@ -113,6 +113,8 @@ CASES = [
 
 # Blocks of the weight gradient that take several items: only with so many channels
 MANY_ITEMS = Case((1, 1, 250, 4736))
+# The same on the FMA units, of both kernels
+MANY_STRIPS = Case((129, 1, 2, 4096), dtype=torch.float32)
 
 
 # What a block can have on data-centre chips, on the rest (two kernels without prefetch), on none:
@@ -238,7 +240,9 @@ def test_params_have_the_cores_layout():
     assert lib.nested_conv_bwd_params_bytes() == ctypes.sizeof(BwdParams)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case", [*CASES, pytest.param(MANY_STRIPS, marks=pytest.mark.slow)], ids=str
+)
 def test_forward(case):
     inputs = arguments(case)
     ours = forward(case, *inputs)
@@ -257,7 +261,10 @@ def test_forward(case):
 
 @pytest.mark.parametrize(
     "case",
-    [*(case for case in CASES if case.keep), pytest.param(MANY_ITEMS, marks=pytest.mark.slow)],
+    [
+        *(case for case in CASES if case.keep),
+        *(pytest.param(case, marks=pytest.mark.slow) for case in (MANY_ITEMS, MANY_STRIPS)),
+    ],
     ids=str,
 )
 def test_backward(case):

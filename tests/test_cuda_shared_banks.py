@@ -1,8 +1,9 @@
 """Shared-memory accesses of the tensor-core kernels are free of bank conflicts: an address model.
 
 A wavefront serves 32 banks of 4 bytes; accesses of 8 bytes go by half-warps, of 16 by quarters.
-The addresses are those of csrc/common/planes.cuh, band.cuh, depthwise_wgrad.cuh and, at the end,
-of pair_planes.cuh, which nested_conv's backward in two wide kernels uses.
+The addresses are those of csrc/common/planes.cuh, band.cuh, depthwise_wgrad.cuh, of
+pair_planes.cuh, which nested_conv's backward in two wide kernels uses, of small_map.cuh, and at the
+end of the kernels on the FMA units, depthwise_fma.cuh and depthwise_fma_wgrad.cuh.
 """
 
 from __future__ import annotations
@@ -186,3 +187,55 @@ def test_small_maps_diagonals(size):
                 inside = row < rows and 0 <= j - d < 8
                 loads.append((row * row_words + 9 * j - d) * 4 if inside else None)
             assert wavefronts(loads, 4) <= 2
+
+
+FMA_POSITION = 32 * 4
+FMA_SIZES = [3, 5, 7, 9, 11, 13]
+
+
+def fma_vectors(bits: int, warp: int = 0) -> list[tuple[int, int]]:
+    """Position and first channel of the 16 bytes in memory that each lane fetches and fills."""
+    vectors = 32 * bits // 128
+    threads = range(warp * 32, warp * 32 + 32)
+    return [(t // vectors, t % vectors * (128 // bits)) for t in threads]
+
+
+@pytest.mark.parametrize("warp", range(8))
+@pytest.mark.parametrize("bits", [32, 16])
+def test_fma_fetch_and_fill(bits, warp):
+    """Rows arrive and become floats in the same cells, 16 bytes or, of 16-bit types, 32."""
+    cells = [p * FMA_POSITION + c * 4 for p, c in fma_vectors(bits, warp)]
+    # Of 16-bit types every other 16 bytes, so that two positions meet in the same banks: 8 of some
+    # 200 wavefronts of a row. Those types come here for 11×11 and 13×13 alone.
+    for half in range(32 // bits):
+        assert wavefronts([cell + half * 16 for cell in cells], 16) == (4 if bits == 32 else 8)
+    assert len(set(cells)) == 32
+    # A position's source and statistics, a word for all of its lanes; γ and β
+    assert wavefronts([p * 4 for p, _ in fma_vectors(bits, warp)], 4) == 1
+    for channel in range(128 // bits):
+        assert wavefronts([(c + channel) * 4 for _, c in fma_vectors(bits, warp)], 4) == 1
+
+
+@pytest.mark.parametrize("size", FMA_SIZES)
+def test_fma_taps(size):
+    """The taps' way in, and the weight gradient's way out: channel by channel, a pitch of 33."""
+    taps = size * size
+    for first in range(0, 32 * taps, 32):
+        places = [divmod(i, taps) for i in range(first, first + 32)]
+        for flipped in (False, True):
+            words = [(taps - 1 - t if flipped else t) * 33 + c for c, t in places]
+            # Taps of several channels may meet; it is once in a block.
+            channels = places[-1][0] - places[0][0] + 1
+            assert wavefronts([word * 4 for word in words], 4) <= channels
+    for tap in range(taps):
+        assert wavefronts([(tap * 33 + lane) * 4 for lane in range(32)], 4) == 1
+
+
+@pytest.mark.parametrize("size", FMA_SIZES)
+def test_fma_products(size):
+    """A lane is a channel, so that a position is 32 banks, wherever a strip begins."""
+    for base in range(8 * (7 + size // 2)):
+        for neighbour in range(7 + size - 1):
+            assert (
+                wavefronts([(base + neighbour) * FMA_POSITION + n * 4 for n in range(32)], 4) == 1
+            )

@@ -82,6 +82,19 @@ __device__ __forceinline__ std::uint32_t fma_source(const FmaTiles& t, const Fma
     return offset << 1 | (x >= 0 && x < outputs ? 1u : 0u);
 }
 
+// A row's mean and rstd for each position, on their way with it.
+template <int kRows, int kPositions>
+struct FmaStatistics {
+    float mean[kRows][kPositions];
+    float rstd[kRows][kPositions];
+
+    __device__ __forceinline__ void fetch(int row, int position, const float* from_mean,
+                                          const float* from_rstd) {
+        async_copy_float(&mean[row][position], from_mean, true);
+        async_copy_float(&rstd[row][position], from_rstd, true);
+    }
+};
+
 // 16 bytes of neighbouring channels as floats.
 template <class Element>
 struct Channels {
@@ -89,25 +102,27 @@ struct Channels {
     static constexpr int kCount = 16 / sizeof(Storage);
     float value[kCount];
 
-    // `vector`: 16-byte aligned, and all channels exist; else those past `channels` are zero.
-    __device__ __forceinline__ void load(const Storage* address, int channels, bool vector) {
-        if (vector) {
-            const uint4 v = load_global(reinterpret_cast<const uint4*>(address));
-            const std::uint32_t words[4] = {v.x, v.y, v.z, v.w};
+    __device__ __forceinline__ void unpack(const uint4& v) {
+        const std::uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                if constexpr (kCount == 4) {
-                    value[i] = bits_to_float(words[i]);
-                } else {
-                    value[2 * i] = Element::low(words[i]);
-                    value[2 * i + 1] = Element::high(words[i]);
-                }
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (kCount == 4) {
+                value[i] = bits_to_float(words[i]);
+            } else {
+                value[2 * i] = Element::low(words[i]);
+                value[2 * i + 1] = Element::high(words[i]);
             }
-        } else {
+        }
+    }
+
+    // The bits of 16 bytes that have arrived in `landed` (FmaLanding); without vectors what stands
+    // at `address`, the channels past `channels` being zero.
+    __device__ __forceinline__ void take(const float* landed, const Storage* address, int channels,
+                                         bool vector) {
+        if (vector) return unpack(load_shared<uint4>(landed));
 #pragma unroll
-            for (int i = 0; i < kCount; ++i) {
-                value[i] = i < channels ? Element::widen_one(load_global(address + i)) : 0.f;
-            }
+        for (int i = 0; i < kCount; ++i) {
+            value[i] = i < channels ? Element::widen_one(load_global(address + i)) : 0.f;
         }
     }
 
