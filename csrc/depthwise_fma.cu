@@ -1,6 +1,7 @@
 // The convolutions on the FMA units: their instances, and which a launch takes. Float32 with kernel
 // sizes 3 to 13, the 16-bit types with 11 and 13: 6 + 2 × 2 = 10 instances of each kernel.
 #include "common/depthwise_fma_wgrad.cuh"
+#include "common/instances.cuh"
 
 namespace convnest::cuda {
 
@@ -19,13 +20,11 @@ void with_instance(int kernel_size, ElementType type, const F& f) {
             default: return f.template operator()<Float32, 13>();
         }
     }
-    if (type == ElementType::bfloat16) {
-        kernel_size == 11 ? f.template operator()<BFloat16, 11>()
-                          : f.template operator()<BFloat16, 13>();
-    } else {
-        kernel_size == 11 ? f.template operator()<Float16, 11>()
-                          : f.template operator()<Float16, 13>();
-    }
+    with_half(type, [&](auto element) {
+        using Element = decltype(element);
+        kernel_size == 11 ? f.template operator()<Element, 11>()
+                          : f.template operator()<Element, 13>();
+    });
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 // Both gradients of the convolution of small maps: instances, and which a launch takes. 2 element
 // types × 2 sources × (kernel sizes 3, 5, 7, 9, 11, 13, and 7×7 on maps of 7×7) = 28.
 #include "common/depthwise_small_bwd.cuh"
+#include "common/instances.cuh"
+#include "common/map_size.cuh"
 #include "common/plan.cuh"
 
 namespace convnest::cuda {
@@ -19,22 +21,6 @@ void launch(const char* name, MapSource source, const DepthwiseSmallBwdArgs& arg
         : run(where, depthwise_small_bwd_kernel<Element, K, kSide, MapSource::gelu_norm>, args);
 }
 
-template <class Element>
-void launch(const char* name, MapSource source, const DepthwiseSmallBwdArgs& args, int kernel_size,
-            void* stream) {
-    if (kernel_size == 7 && args.H == 7 && args.W == 7) {
-        return launch<Element, 7, 7>(name, source, args, stream);
-    }
-    switch (kernel_size) {
-        case 3: return launch<Element, 3, kMapSide>(name, source, args, stream);
-        case 5: return launch<Element, 5, kMapSide>(name, source, args, stream);
-        case 7: return launch<Element, 7, kMapSide>(name, source, args, stream);
-        case 9: return launch<Element, 9, kMapSide>(name, source, args, stream);
-        case 11: return launch<Element, 11, kMapSide>(name, source, args, stream);
-        default: return launch<Element, 13, kMapSide>(name, source, args, stream);
-    }
-}
-
 }  // namespace
 
 // One tile to a block until the blocks fill the largest GPU several times; partial sums of a tile
@@ -47,8 +33,11 @@ int small_map_groups(int N, int C) {
 void launch_depthwise_small_bwd(const char* name, MapSource source, DepthwiseSmallBwdArgs args,
                                 int kernel_size, ElementType type, void* stream) {
     args.channel_blocks = channel_blocks(args.C);
-    type == ElementType::bfloat16 ? launch<BFloat16>(name, source, args, kernel_size, stream)
-                                  : launch<Float16>(name, source, args, kernel_size, stream);
+    with_half(type, [&](auto element) {
+        with_map_size(kernel_size, args.H, args.W, [&](auto K, auto side) {
+            launch<decltype(element), K(), side()>(name, source, args, stream);
+        });
+    });
 }
 
 }  // namespace convnest::cuda

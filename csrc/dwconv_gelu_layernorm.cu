@@ -11,6 +11,7 @@
 #include "common/depthwise.cuh"
 #include "common/depthwise_fma.cuh"
 #include "common/depthwise_small.h"
+#include "common/instances.cuh"
 #include "common/plan.cuh"
 #include "common/row_statistics.cuh"
 #include "dwconv_gelu_layernorm_cuda.h"
@@ -73,12 +74,6 @@ bool takes_vectors(const Params& p) {
     return p.C % 8 == 0 && aligned(p.x) && aligned(p.c) && aligned(p.y);
 }
 
-template <class Element, int K>
-void launch_fwd(const Params& p, void* stream) {
-    takes_vectors(p) ? launch_fwd<Element, K, true>(p, stream)
-                     : launch_fwd<Element, K, false>(p, stream);
-}
-
 template <class Element>
 void launch_small_fwd(const Params& p, int kernel_size, ElementType type, void* stream) {
     launch_depthwise_small("dwconv_gelu_layernorm_small_fwd", MapSource::tensor,
@@ -127,22 +122,6 @@ void launch_fma_fwd(const Params& p, int kernel_size, ElementType type, void* st
     vector ? normalize<Element, true>(p, stream) : normalize<Element, false>(p, stream);
 }
 
-template <class Element>
-void launch_fwd(const Params& p, int kernel_size, ElementType type, void* stream) {
-    if (takes_vectors(p) && takes_small_map(p.N, p.H, p.W, kernel_size)) {
-        return launch_small_fwd<Element>(p, kernel_size, type, stream);
-    }
-    if (!on_tensor_cores(kernel_size, type)) {
-        return launch_fma_fwd<Element>(p, kernel_size, type, stream);
-    }
-    switch (kernel_size) {
-        case 3: return launch_fwd<Element, 3>(p, stream);
-        case 5: return launch_fwd<Element, 5>(p, stream);
-        case 7: return launch_fwd<Element, 7>(p, stream);
-        default: return launch_fwd<Element, 9>(p, stream);
-    }
-}
-
 }  // namespace
 
 bool dwconv_gelu_layernorm_has_kernel_size(int kernel_size, ElementType) {
@@ -156,12 +135,21 @@ void check_dwconv_gelu_layernorm(int N, int H, int W, int C, int kernel_size, El
 void launch_dwconv_gelu_layernorm_fwd(const DwconvGeluLayerNormFwdParams& params, int kernel_size,
                                       ElementType type, void* stream) {
     check_dwconv_gelu_layernorm(params.N, params.H, params.W, params.C, kernel_size, type);
-    switch (type) {
-        case ElementType::bfloat16: return launch_fwd<BFloat16>(params, kernel_size, type, stream);
-        case ElementType::float16: return launch_fwd<Float16>(params, kernel_size, type, stream);
-        case ElementType::float32:
-            return launch_fma_fwd<Float32>(params, kernel_size, type, stream);
-    }
+    const bool vector = takes_vectors(params);
+    const bool small = vector && takes_small_map(params.N, params.H, params.W, kernel_size);
+    with_way(
+        type, kernel_size, small,
+        [&](auto element) {
+            launch_small_fwd<decltype(element)>(params, kernel_size, type, stream);
+        },
+        [&](auto element, auto K) {
+            with_vector(vector, [&](auto is_vector) {
+                launch_fwd<decltype(element), K(), is_vector()>(params, stream);
+            });
+        },
+        [&](auto element) {
+            launch_fma_fwd<decltype(element)>(params, kernel_size, type, stream);
+        });
 }
 
 }  // namespace convnest::cuda

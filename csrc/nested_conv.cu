@@ -7,6 +7,7 @@
 #include "common/convolution_limits.h"
 #include "common/depthwise_fma.cuh"
 #include "common/depthwise_small.h"
+#include "common/instances.cuh"
 #include "common/plan.cuh"
 
 namespace convnest::cuda {
@@ -47,25 +48,6 @@ void launch_fwd(const NestedConvFwdParams& p, void* stream) {
          .stream = stream},
         nested_conv_fwd_kernel<Element, K, kVector>,
         NestedConvFwdArgs{p, canvas, static_cast<std::uint32_t>(p.N * p.H) * p.W, blocks});
-}
-
-template <class Element, int K>
-void launch_fwd(const NestedConvFwdParams& p, void* stream) {
-    if (takes_vectors(p)) {
-        launch_fwd<Element, K, true>(p, stream);
-    } else {
-        launch_fwd<Element, K, false>(p, stream);
-    }
-}
-
-template <class Element>
-void launch_fwd(const NestedConvFwdParams& p, int kernel_size, void* stream) {
-    switch (kernel_size) {
-        case 3: return launch_fwd<Element, 3>(p, stream);
-        case 5: return launch_fwd<Element, 5>(p, stream);
-        case 7: return launch_fwd<Element, 7>(p, stream);
-        default: return launch_fwd<Element, 9>(p, stream);
-    }
 }
 
 template <class Element>
@@ -131,21 +113,21 @@ void check_nested_conv(int N, int H, int W, int C, int kernel_size, ElementType)
 void launch_nested_conv_fwd(const NestedConvFwdParams& params, int kernel_size, ElementType type,
                             void* stream) {
     check_nested_conv(params.N, params.H, params.W, params.C, kernel_size, type);
-    const bool tensor = on_tensor_cores(kernel_size, type);
-    const bool small =
-        takes_vectors(params) && takes_small_map(params.N, params.H, params.W, kernel_size);
-    switch (type) {
-        case ElementType::bfloat16:
-            if (small) return launch_small_fwd<BFloat16>(params, kernel_size, type, stream);
-            return tensor ? launch_fwd<BFloat16>(params, kernel_size, stream)
-                          : launch_fma_fwd<BFloat16>(params, kernel_size, type, stream);
-        case ElementType::float16:
-            if (small) return launch_small_fwd<Float16>(params, kernel_size, type, stream);
-            return tensor ? launch_fwd<Float16>(params, kernel_size, stream)
-                          : launch_fma_fwd<Float16>(params, kernel_size, type, stream);
-        case ElementType::float32:
-            return launch_fma_fwd<Float32>(params, kernel_size, type, stream);
-    }
+    const bool vector = takes_vectors(params);
+    const bool small = vector && takes_small_map(params.N, params.H, params.W, kernel_size);
+    with_way(
+        type, kernel_size, small,
+        [&](auto element) {
+            launch_small_fwd<decltype(element)>(params, kernel_size, type, stream);
+        },
+        [&](auto element, auto K) {
+            with_vector(vector, [&](auto is_vector) {
+                launch_fwd<decltype(element), K(), is_vector()>(params, stream);
+            });
+        },
+        [&](auto element) {
+            launch_fma_fwd<decltype(element)>(params, kernel_size, type, stream);
+        });
 }
 
 }  // namespace convnest::cuda

@@ -138,20 +138,15 @@ void launch_nested_conv_bwd(const NestedConvBwdParams& p, int kernel_size, Eleme
     }
     const Backward backward(p, kernel_size, type, stream);
     const bool vector = takes_vectors(p), small = takes_small_map(p, kernel_size, type);
-    with_element(type, kernel_size, [&](auto element, auto tensor) {
-        using Element = decltype(element);
-        if constexpr (!std::is_same_v<Element, Float32>) {
-            if (small) return backward.launch_small_map<Element>();
-        }
-        if constexpr (decltype(tensor)::value) {
-            with_band_size(kernel_size, [&](auto K) {
-                vector ? backward.launch<Element, K(), true>()
-                       : backward.launch<Element, K(), false>();
+    with_way(
+        type, kernel_size, small,
+        [&](auto element) { backward.launch_small_map<decltype(element)>(); },
+        [&](auto element, auto K) {
+            with_vector(vector, [&](auto is_vector) {
+                backward.launch<decltype(element), K(), is_vector()>();
             });
-        } else {
-            backward.launch_fma<Element>(vector);
-        }
-    });
+        },
+        [&](auto element) { backward.launch_fma<decltype(element)>(vector); });
 }
 
 }  // namespace convnest::cuda

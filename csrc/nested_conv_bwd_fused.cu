@@ -120,13 +120,10 @@ std::size_t nested_conv_bwd_fused_workspace_bytes(const NestedConvBwdParams& par
 void launch_nested_conv_bwd_fused(const NestedConvBwdParams& params, int kernel_size,
                                   ElementType type, void* stream) {
     with_fused_size(kernel_size, [&](auto K) {
-        with_element(type, kernel_size, [&](auto element, auto) {
-            using Element = decltype(element);
-            if constexpr (sizeof(typename Element::Storage) == 2) {
-                fits_shared<K(), true>(device_shared_bytes())
-                    ? launch<Element, K(), true>(params, stream)
-                    : launch<Element, K(), false>(params, stream);
-            }
+        with_half(type, [&](auto element) {
+            fits_shared<K(), true>(device_shared_bytes())
+                ? launch<decltype(element), K(), true>(params, stream)
+                : launch<decltype(element), K(), false>(params, stream);
         });
     });
 }

@@ -1,42 +1,17 @@
 // What the backwards of the convolution operators share: the cut of the weight gradient, the
-// workspace, the sums at the end, and the way from numbers known at run time to template instances.
+// workspace, and the sums at the end.
 #pragma once
-
-#include <type_traits>
 
 #include "common/convolution_limits.h"
 #include "common/depthwise_fma_wgrad.cuh"
 #include "common/depthwise_small.h"
 #include "common/depthwise_wgrad.cuh"
+#include "common/instances.cuh"
 #include "common/layernorm_bwd.cuh"
 #include "common/plan.cuh"
 #include "common/sum_partials.cuh"
 
 namespace convnest::cuda {
-
-// f(std::integral_constant<int, K>) for the kernel sizes of the tensor cores.
-template <class Function>
-void with_band_size(int kernel_size, const Function& f) {
-    switch (kernel_size) {
-        case 3: return f(std::integral_constant<int, 3>{});
-        case 5: return f(std::integral_constant<int, 5>{});
-        case 7: return f(std::integral_constant<int, 7>{});
-        default: return f(std::integral_constant<int, 9>{});
-    }
-}
-
-// f(an element type, std::bool_constant<on the tensor cores>).
-template <class Function>
-void with_element(ElementType type, int kernel_size, const Function& f) {
-    const bool tensor = on_tensor_cores(kernel_size, type);
-    switch (type) {
-        case ElementType::bfloat16:
-            return tensor ? f(BFloat16{}, std::true_type{}) : f(BFloat16{}, std::false_type{});
-        case ElementType::float16:
-            return tensor ? f(Float16{}, std::true_type{}) : f(Float16{}, std::false_type{});
-        case ElementType::float32: return f(Float32{}, std::false_type{});
-    }
-}
 
 // Partial sums of the parameters' gradients in a workspace: of dw [tap_groups, C, K·K], db
 // [tap_groups, C], and dγ, dβ [norm_groups, 2, C].

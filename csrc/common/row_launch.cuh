@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "common/element_type.h"
+#include "common/instances.cuh"
 #include "common/layernorm_bwd.cuh"
 #include "common/row_statistics.cuh"
 #include "common/sum_partials.cuh"
@@ -28,22 +28,6 @@ inline void check_rows(const char* name, std::int64_t rows, int C) {
         refuse("C must be at most " + std::to_string(kMostRowChannels) + ", got " +
                std::to_string(C));
     }
-}
-
-// Calls body(Element{}) for the type.
-template <class Body>
-void with_element(ElementType type, const Body& body) {
-    switch (type) {
-        case ElementType::float32: return body(Float32{});
-        case ElementType::bfloat16: return body(BFloat16{});
-        case ElementType::float16: return body(Float16{});
-    }
-}
-
-// Calls body(std::true_type) for rows that 16-byte accesses fit, else body(std::false_type).
-template <class Body>
-void with_vector(bool vector, const Body& body) {
-    vector ? body(std::true_type{}) : body(std::false_type{});
 }
 
 }  // namespace convnest::cuda
