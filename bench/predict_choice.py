@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import json
 import math
 from pathlib import Path
@@ -32,6 +33,7 @@ from convnest_kernels.cuda import choice
 PAGE = Path(__file__).parent / "results" / "cuda_choice.md"
 
 
+@functools.cache
 def ratio(call: Call, chip: Chip, training: bool) -> float:
     """The CUDA backend's predicted time over Triton's: of forward, or of forward and backward."""
     directions = (False, True) if training else (False,)

@@ -36,7 +36,7 @@ def reasons_against(call: Call) -> list[str]:
 
 
 def reasons_against_auto(call: Call) -> list[str]:
-    """Where Triton can run the call, and is predicted to be faster (choice.py)."""
+    """Where Triton can run the call, and is predicted to be faster on this GPU (choice.py)."""
     if _host.emulation is not None:
         return ["in its emulation it runs by name alone"]  # a tool for tests
     if backends.reasons_against("triton", call):
