@@ -85,7 +85,7 @@ struct ActNorm {
         const bool before = gelu && !norm_first, after = gelu && norm_first;
         for (std::int64_t c = 0; c < padded_channels<A>(C); ++c) s.dgamma[c] = s.dbeta[c] = 0;
         NormGradient<A> norm{};
-        for (std::int64_t i = 0; i <= count; ++i, dy += C, x += C) {
+        for (std::int64_t i = 0; i <= count; ++i) {
             const A row_mean = i < count ? mean[i] : A(0), row_rstd = i < count ? rstd[i] : A(0);
             const auto to = target(i > 0 ? i - 1 : 0);
             ChannelSum<A> sum_f, sum_fx;
@@ -97,14 +97,14 @@ struct ActNorm {
                     leave(to, c, da, lanes);
                 }
                 if (i == count) return;
-                auto a = load_ahead(x + c, lanes);
+                auto a = load_ahead(x + i * C + c, lanes);
                 if (before) {
                     const auto act = gelu_and_grad_of<T>(a);
                     store_all(s.slope + c, act.grad);
                     a = act.value;
                 }
                 const auto xhat = (a - row_mean) * row_rstd;
-                auto e = load_ahead(dy + c, lanes);
+                auto e = load_ahead(dy + i * C + c, lanes);
                 const auto gamma = load_all(ln_weight + c, lanes);
                 if (after)
                     e = e * gelu_and_grad_of<T>(xhat * gamma + load_all(ln_bias + c, lanes)).grad;

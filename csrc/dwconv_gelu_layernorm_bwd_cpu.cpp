@@ -10,7 +10,7 @@
 // Reads dy, c, x, mean, rstd; writes dx; sums parameter gradients into one partial per chunk.
 // A chunk is a run of bands, a band some rows of one image. A band marches down with a ring of rows
 // of dc, made pixel by pixel as they enter; then, per vector of channels, both gradients of the
-// convolution come from the same ring.
+// convolution come from the same ring, and from x.
 #include <initializer_list>
 
 #include "act_norm_rows.h"

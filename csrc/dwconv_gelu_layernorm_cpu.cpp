@@ -1,9 +1,10 @@
 // dwconv_gelu_layernorm forward:  c = DW(x) + conv_bias;  y = LN(act(c)), or act(LN(c)) norm first
 //
 // Reads x; writes y, and where they are kept c, mean, rstd.
-// A unit is a band of rows of one image. It marches down, a few rows a step: input rows enter the
-// ring in the accumulate type; per vector of channels the convolution goes to a row buffer; then
-// every pixel's channels, contiguous there, get bias, activation and norm.
+// A unit is a band of rows of one image. It marches down, a few rows a step (a small map is one
+// step): per vector of channels the input rows enter the ring in the accumulate type, and the
+// convolution goes to a row buffer; then every pixel's channels, contiguous there, get bias,
+// activation and norm.
 #include "dwconv_gelu_layernorm.h"
 
 #include "act_norm_rows.h"
@@ -97,7 +98,7 @@ template <class T>
 void forward(const DwconvGeluLayernormFwdParams& p) {
     using A = Accumulate<T>;
     Forward<T> f{p,
-                 RowStep<A>::plan(p.H, p.W, p.C, p.K, kSmallMap),
+                 RowStep<A>::plan(p.H, p.W, p.C, p.K, p.W <= kSmallMap ? kSmallMap : kWholeMap),
                  {},
                  0,
                  {p.C, p.gelu, p.norm_first, {}, {}},

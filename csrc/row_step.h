@@ -64,9 +64,11 @@ struct RowStep {
                   std::int64_t C, A* out) const {
         const std::int64_t c = block * L;
         const T* in = image + (n * H + y) * W * C + c;
-        for (std::int64_t x = 0; x < W; ++x, in += C, out += L) {
-            ask_for(in, L, AllLanes<1>{});
-            store(out, C - c >= L ? load_from(in) : load_as(in, FirstLanes{int(C - c)}).v[0]);
+        const FirstLanes rest{static_cast<int>(C - c < L ? C - c : L)};
+        for (std::int64_t x = 0; x < W; ++x) {
+            const T* at = in + x * C;
+            ask_for(at, L, AllLanes<1>{});
+            store(out + x * L, rest.count == L ? load_from(at) : load_as(at, rest).v[0]);
         }
     }
 
