@@ -147,7 +147,7 @@ def _count(kernel: sass.Kernel) -> Counts:
     if name == "nested_conv_finish_kernel":
         return per_output(kernel.loop_mix("STG", 1), 32 * 8)
     channels = 1 if name == "nested_conv_bwd_kernel" else 2
-    return per_output(kernel.stage_mix(2), 4 * 128 * channels)
+    return per_output(kernel.stage_mix(), 4 * 128 * channels)
 
 
 def _fma_parts(kernel: sass.Kernel, size: int) -> tuple[Counts, Counts]:

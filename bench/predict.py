@@ -75,7 +75,7 @@ class FmaConvolution:
 
 # Shared-memory wavefronts (128 bytes) per warp and stage: stores and loads of 8 bytes take 2, of 16
 # take 4, ldmatrix.x4 4, others 1 (without conflicts, as tests/test_cuda_shared_banks.py checks).
-FORWARD = 8 * 2 + 4 * 4 + 4 * 4 + 8 * 4 + 28 + 16 + 8 * 2 + 4 * 4 + 4 * 4 + 4 * 4 + 16
+FORWARD = 8 * 2 + 4 * 4 + 4 * 4 + 8 * 4 + 28 + 16 + 8 * 2 + 4 * 4 + 4 * 4
 DGRAD = 2 * (4 * 4 + 4 * 4) + 8 * 2 + 8 * 4 + 28 + 16 + 8 * 2
 WGRAD = 8 * 2 + 8 * 2 + 2 * 5 * 4 + 8 * 4 + 8
 DEPTHWISE = DGRAD - (4 * 4 + 4 * 4)  # without u
@@ -234,9 +234,8 @@ def main() -> None:
             for conv in CONVOLUTIONS:
                 if conv.source != source or (conv.kernel, arch) in mixes:
                     continue
-                # A K = 7 product loop makes two turns a stage; the weight gradient's has none.
                 kernel = kernels[conv.kernel]
-                mix = mixes[conv.kernel, arch] = kernel.stage_mix(2)
+                mix = mixes[conv.kernel, arch] = kernel.stage_mix()
                 row = (conv.kernel, arch, kernel.registers, mix.total(), describe(mix))
                 print("| " + " | ".join(map(str, row)) + " |", flush=True)
     print(

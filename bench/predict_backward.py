@@ -68,7 +68,7 @@ def in_three(chip: Chip, size: int, channels: int) -> list[dict[str, float]]:
     threads = math.ceil(math.ceil(octets / vectors) / 32) * 32
     outputs = 32 * 8 * octets / threads  # of a warp's turn; some lanes may have no vector
     return [
-        predict.predict(chip, conv, kernels[conv.kernel].stage_mix(2), size, channels)
+        predict.predict(chip, conv, kernels[conv.kernel].stage_mix(), size, channels)
         for conv in (DGRAD, WGRAD)
     ] + [terms_of(chip, norm.loop_mix("STG", 1), LAYERNORM_BYTES, outputs, 0)]
 
@@ -79,7 +79,7 @@ def in_two(chip: Chip, size: int, channels: int) -> list[dict[str, float]]:
     wanted = math.ceil(512 / math.ceil(channels / 16))
     efficiency = fused_efficiency(BATCH, size, size, KERNEL_SIZE // 2, wanted)
     tight = chip.name in TIGHT
-    fused = kernels[FUSED_TIGHT if tight else FUSED].stage_mix(1)
+    fused = kernels[FUSED_TIGHT if tight else FUSED].stage_mix()
     wavefronts = FUSED_WAVEFRONTS - STAGING_WAVEFRONTS * tight
     finish = kernels[FINISH].loop_mix("STG", 1)
     return [
@@ -97,8 +97,8 @@ def report(archs: list[str]) -> None:
         kernels, three = compiled(FUSED_SOURCE, arch), compiled(DGRAD.source, arch)
         norm = three["layernorm_bwd_kernel<BFloat16, (NormOrder)0, 1, true>"]
         for kernel, mix, times in (
-            (kernels[FUSED], kernels[FUSED].stage_mix(1), 2),
-            (kernels[FUSED_TIGHT], kernels[FUSED_TIGHT].stage_mix(1), 2),
+            (kernels[FUSED], kernels[FUSED].stage_mix(), 2),
+            (kernels[FUSED_TIGHT], kernels[FUSED_TIGHT].stage_mix(), 2),
             (kernels[FINISH], kernels[FINISH].loop_mix("STG", 1), 4),
             (norm, norm.loop_mix("STG", 1), 4),
         ):

@@ -69,7 +69,7 @@ SMALL_MAPS = [
 def tile_mix(kernel: sass.Kernel) -> collections.Counter[str]:
     """Opcodes of a warp's share of a tile, as if every warp took every branch."""
     if any(end - start > 100 for start, end in kernel.loops()):
-        return kernel.stage_mix(1)
+        return kernel.stage_mix()
     return collections.Counter(
         op for op, _ in kernel.instructions if not op.endswith(":") and op != "NOP"
     )

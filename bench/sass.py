@@ -66,25 +66,14 @@ class Kernel:
                 mix += self.mix(i, i)
         return mix
 
-    def stage_mix(self, inner_trips: int) -> collections.Counter[str]:
-        """Opcodes of one turn of the innermost loop with a barrier and tensor-core work.
-
-        Loops inside of it are counted `inner_trips` times.
-        """
-        loops = self.loops()
+    def stage_mix(self) -> collections.Counter[str]:
+        """Opcodes of one turn of the innermost loop with a barrier and tensor-core work."""
 
         def holds(loop: tuple[int, int], opcode: str) -> bool:
             return any(op.startswith(opcode) for op, _ in self.instructions[loop[0] : loop[1] + 1])
 
-        stages = [loop for loop in loops if holds(loop, "BAR") and holds(loop, "HMMA")]
-        start, end = min(stages, key=lambda loop: loop[1] - loop[0])
-        inner = [(a, b) for a, b in loops if start <= a and b <= end and (a, b) != (start, end)]
-        mix: collections.Counter[str] = collections.Counter()
-        for i in range(start, end + 1):
-            opcode = self.instructions[i][0]
-            if not opcode.endswith(":") and opcode != "NOP":
-                mix[opcode] += inner_trips if any(a <= i <= b for a, b in inner) else 1
-        return mix
+        stages = [loop for loop in self.loops() if holds(loop, "BAR") and holds(loop, "HMMA")]
+        return self.mix(*min(stages, key=lambda loop: loop[1] - loop[0]))
 
     def loop_mix(self, opcode: str, least: int, inner: bool = True) -> collections.Counter[str]:
         """Opcodes of one turn of the innermost loop with at least `least` of `opcode`.

@@ -63,7 +63,6 @@ void launch_fwd(const Params& p, void* stream) {
          .flipped = false,
          .C = p.C,
          .canvas = convolution_canvas(p.N, p.H, p.W, p.C, K),
-         .pixel_count = static_cast<std::uint32_t>(p.N * p.H) * p.W,
          .channel_blocks = channel_blocks(p.C)},
         stream);
     normalize<Element, kVector>(p, stream);

@@ -85,7 +85,6 @@ struct Backward : ConvBackward<Params> {
                  .flipped = true,
                  .C = p.C,
                  .canvas = convolution_canvas(p.N, p.H, p.W, p.C, K),
-                 .pixel_count = pixels,
                  .channel_blocks = channel_blocks(p.C)},
                 stream);
         }

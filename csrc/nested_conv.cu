@@ -47,7 +47,8 @@ void launch_fwd(const NestedConvFwdParams& p, void* stream) {
          .shared_bytes = sizeof(NestedConvFwdShared<K>),
          .stream = stream},
         nested_conv_fwd_kernel<Element, K, kVector>,
-        NestedConvFwdArgs{p, canvas, static_cast<std::uint32_t>(p.N * p.H) * p.W, blocks});
+        NestedConvFwdArgs{p, canvas, bottom_images(canvas), 2 * static_cast<std::uint32_t>(p.C),
+                          blocks});
 }
 
 template <class Element>

@@ -29,7 +29,8 @@ namespace convnest::cuda {
 struct NestedConvFwdArgs {
     NestedConvFwdParams params;
     Canvas canvas;
-    std::uint32_t pixel_count;  // N·H·W
+    BottomImages bottom;
+    std::uint32_t row_bytes;  // of a pixel's C channels
     int channel_blocks;
 };
 
@@ -42,7 +43,8 @@ struct ShortcutRing {
 
     __device__ __forceinline__ uint4* slot(const Role& role, int thread, int stage) {
         const int parity = stages_late<K>(role.row) ? stage & 1 : 0;
-        return &pixels[role.row + parity * (K / 2)][0][thread % (kThreads / kStageRows)];
+        return &pixels[recompute_from(role.row) + parity * (K / 2)][0]
+                      [thread % (kThreads / kStageRows)];
     }
     static constexpr int kPairStride = kThreads / kStageRows;
 };
@@ -85,30 +87,26 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
     // Where this thread reads and writes
     const int octet0 = channel0 + role.half * 8, channels = p.C - octet0;
     const PixelQuad quad(canvas, item, role.quad * 4 - kLeadPixels);
-    const std::uint32_t row_bytes = 2 * static_cast<std::uint32_t>(p.C);
-    const std::uint16_t* h = static_cast<const std::uint16_t*>(p.h) + octet0;
-    std::uint16_t* v = static_cast<std::uint16_t*>(p.v) + octet0;
-    std::uint16_t* u = static_cast<std::uint16_t*>(p.u) + octet0;
-    // Bits 0–3: readable pixels, 4–7: outputs, 8: this thread's channels exist
-    const unsigned pixels = quad.readable | (channels > 0 ? quad.owned << 4 | 1u << 8 : 0u);
-
+    const QuadBits pixels(quad, args.bottom, channels > 0);
     shared.offsets.store(quad, role);
 
     // The next stage's row, on its way
     RowWalk<K / 2> walk(canvas, item, role.row);
-    unsigned present;  // bits: the pixel exists
+    const auto present = [&] {  // bits of the row, see QuadBits
+        const bool reads = walk.inside(canvas, args.bottom);
+        return reads ? pixels.at(walk.pixel, args.bottom) : 0;
+    };
     const auto fetch = [&] {
-        present = walk.inside(canvas) ? pixels & 15 : 0;
+        const unsigned bits = present();
+        const auto* h = static_cast<const std::uint16_t*>(p.h) + recompute_from(octet0);
         std::uint32_t offset[4];
         shared.offsets.load(offset, role);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const std::uint32_t pixel = walk.pixel + offset[i];
-            if (pixel >= args.pixel_count) present &= ~(1u << i);
-            const bool exists = present >> i & 1;
-            shared.h.template fetch<kVector>(thread, i, at_pixel(h, pixel, row_bytes), channels,
-                                             exists && (pixels >> 8));
-            shared.statistics.fetch(role, i, p.mean, p.rstd, pixel, exists);
+            shared.h.template fetch<kVector>(thread, i, at_pixel(h, pixel, args.row_bytes),
+                                             channels, bits >> (8 + i) & 1);
+            shared.statistics.fetch(role, i, p.mean, p.rstd, pixel, bits >> i & 1);
         }
         async_copy_commit();
     };
@@ -117,13 +115,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
         async_copy_wait<0>();
         __syncwarp();
         if (!walk.inside(canvas)) return clear_quad(role, shared.planes);
+        const unsigned bits = present();
         Octet raw[4];
         shared.h.take(raw, thread);
         const QuadNorm norm(shared.statistics, role);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             std::uint32_t g[4];
-            gelu_norm_pair<Element>(raw, k, norm, shared.affine, present, role, shared.planes, g);
+            gelu_norm_pair<Element>(raw, k, norm, shared.affine, bits, role, shared.planes, g);
             if (p.shortcut) {
                 store_shared(kept + k * kPairStride, make_uint4(g[0], g[1], g[2], g[3]));
             }
@@ -133,50 +132,46 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
     // row's first pixel.
     const auto drain = [&](int stage, std::uint32_t row) {
         if (row == kNoPixel) return;
-        uint4* kept = shared.shortcut.slot(role, thread, stage);
-        Octet out[4];
+        const uint4* kept = shared.shortcut.slot(role, thread, stage);
+        Octet out[4];  // u, then v
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            const uint2 low = load_shared<uint2>(shared.planes.bytes + role.cell(2 * k));
-            const uint2 high = load_shared<uint2>(shared.planes.bytes + role.cell(2 * k + 1));
-            uint4 pairs = make_uint4(0, 0, 0, 0);
-            if (p.shortcut) pairs = load_shared<uint4>(kept + k * kPairStride);
-            const auto finish = [&](float sum_low, float sum_high, std::uint32_t& pair, int pixel) {
-                const float u_low = sum_low + Element::low(pair);
-                const float u_high = sum_high + Element::high(pair);
-                pair = Element::pack(u_low, u_high);
-                out[pixel].pair[k] = Element::pack(gelu_fast(u_low), gelu_fast(u_high));
-            };
-            finish(Element::low(low.x), Element::low(high.x), pairs.x, 0);
-            finish(Element::high(low.x), Element::high(high.x), pairs.y, 1);
-            finish(Element::low(low.y), Element::low(high.y), pairs.z, 2);
-            finish(Element::high(low.y), Element::high(high.y), pairs.w, 3);
-            // u waits in the slot that g has left, until v's registers are free.
-            if (p.u != nullptr) store_shared(kept + k * kPairStride, pairs);
+            join_pair(load_shared<uint2>(shared.planes.bytes + role.cell(2 * k)),
+                      load_shared<uint2>(shared.planes.bytes + role.cell(2 * k + 1)), k, out);
+            if (p.shortcut) {
+                const auto g = load_shared<uint4>(kept + k * kPairStride);
+                out[0].pair[k] = Element::add(out[0].pair[k], g.x);
+                out[1].pair[k] = Element::add(out[1].pair[k], g.y);
+                out[2].pair[k] = Element::add(out[2].pair[k], g.z);
+                out[3].pair[k] = Element::add(out[3].pair[k], g.w);
+            }
         }
+        const unsigned bits = pixels.at(row, args.bottom);
         std::uint32_t offset[4];
         shared.offsets.load(offset, role);
-        const auto store = [&](std::uint16_t* tensor) {
+        const auto store = [&](void* v) {
+            std::uint16_t* tensor = static_cast<std::uint16_t*>(v) + recompute_from(octet0);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const std::uint32_t pixel = row + offset[i];
-                if ((pixels >> (4 + i) & 1) && pixel < args.pixel_count) {
-                    store_octet<kVector>(at_pixel(tensor, pixel, row_bytes), out[i], channels);
+                if (bits >> (12 + i) & 1) {
+                    store_octet<kVector>(at_pixel(tensor, row + offset[i], args.row_bytes), out[i],
+                                         channels);
                 }
             }
         };
-        store(v);
-        if (p.u == nullptr) return;
+        if (p.u != nullptr) store(p.u);
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            const uint4 pairs = load_shared<uint4>(kept + k * kPairStride);
-            out[0].pair[k] = pairs.x, out[1].pair[k] = pairs.y;
-            out[2].pair[k] = pairs.z, out[3].pair[k] = pairs.w;
+        for (int i = 0; i < 4; ++i) {
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                std::uint32_t& pair = out[i].pair[k];
+                pair = Element::pack(gelu_fast<Element>(Element::low(pair)),
+                                     gelu_fast<Element>(Element::high(pair)));
+            }
         }
-        store(u);
+        store(p.v);
     };
 
-    shared.h.clear(thread);
     __syncthreads();  // parameters and offsets are in shared memory
     fetch();
     Ring<K> ring[kWarpChannels];
@@ -187,17 +182,18 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
         begin<K>(ring[c], start);
     }
     const int late = stages_late<K>(role.row);
-    const int stages = (item.end + K / 2 - item.start + kStageRows - 1) / kStageRows;
+    OutputRows outputs(item, role.row);
     std::uint32_t row_before = kNoPixel;
+    // `stage`: how many are left. The one before has the number one higher.
 #pragma unroll 1
-    for (int stage = 0; stage < stages; ++stage) {
+    for (int stage = (item.end + K / 2 - item.start + kStageRows - 1) / kStageRows; stage > 0;
+         --stage, outputs.advance(kStageRows)) {
         fill(stage);
-        const int own = item.start + stage * kStageRows + role.row;
-        const bool is_output = own >= item.first && own < item.end && walk.inside(canvas);
+        const bool is_output = outputs.holds() && walk.inside(canvas);
         const std::uint32_t filled_row = is_output ? walk.pixel : kNoPixel;
         __syncthreads();
         walk.advance(canvas, kStageRows);
-        if (stage + 1 < stages) fetch();
+        if (stage > 1) fetch();
 #pragma unroll
         for (int c = 0; c < kWarpChannels; ++c) {
             const int channel = warp * kWarpChannels + c;
@@ -205,10 +201,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
             load_band<K>(band, band_address<K>(shared.bands, channel, lane));
             FragmentC start;
             load_start(start, shared.starts, channel);
-            convolve_stage<Element, K>(ring[c], band, shared.planes.bytes, channel, lane, start);
+            convolve_stage<Element, K>(ring[c], band, shared.planes.bytes, warp_plane(warp, c),
+                                       lane, start);
         }
         __syncthreads();
-        drain(stage - late, late ? row_before : filled_row);
+        drain(stage + late, late ? row_before : filled_row);
         row_before = filled_row;
     }
 }

@@ -71,7 +71,6 @@ struct Backward : ConvBackward<NestedConvBwdParams> {
              .flipped = true,
              .C = p.C,
              .canvas = convolution_canvas(p.N, p.H, p.W, p.C, K),
-             .pixel_count = pixels,
              .channel_blocks = channel_blocks(p.C)},
             stream);
         launch_wgrad<Element, K, true, kVector>("nested_conv_wgrad", p.h, du);

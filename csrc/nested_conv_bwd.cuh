@@ -49,6 +49,8 @@ struct NestedConvBwdArgs {
     bool shortcut;
     int C;
     Canvas canvas;
+    BottomImages bottom;
+    std::uint32_t row_bytes;    // of a pixel's C channels
     std::uint32_t pixel_count;  // N·H·W
     int channel_blocks;
 };
@@ -117,57 +119,53 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
 
     // Where this thread reads and writes
     const int octet0 = channel0 + role.half * 8;
-    const std::uint32_t row_bytes = 2 * static_cast<std::uint32_t>(args.C);
     const PixelQuad quad(canvas, item, role.pair / 2 * 4 - kLeadPixels);
-    const int in_quad = role.pair % 2 * 2;
-    // Bits 0–1: readable pixels, 2–3: outputs, 4: this thread's channels exist
-    const unsigned pixels = (quad.readable >> in_quad & 3) | (quad.owned >> in_quad & 3) << 2 |
-                            (octet0 < args.C ? 1u << 4 : 0u);
+    QuadBits pixels(quad, args.bottom, octet0 < args.C);
+    pixels.bits >>= role.pair % 2 * 2;  // of the quad's pixels these two
     shared.offsets.store(quad, role);
 
-    const int warm_up = warm_up_stages<K>(item);
-    const int start = item.first - warm_up * kStageRows;
+    const int start = item.first - warm_up_stages<K>(item) * kStageRows;
     item.top_y -= item.start - start;
-    RowWalk<R> walk(canvas, item, role.row);  // of z
-    int own = start + role.row;
+    RowWalk<R> walk(canvas, item, role.row);    // of z
+    const int outputs = item.end - item.first;  // rows
+    int rows = item.end - start;                // of z to come; the first of them warm up
 
     // A stage's rows: on their way in shared memory, or just read
     Octet dv[2], u[2], h[2];
     float2 mean, rstd;
-    unsigned present;  // bits 0–1: pixels of du's row, 2–3: of z's; the others are not read
+    unsigned present;  // of z's row, see QuadBits
     const auto fetch = [&] {
         RowWalk<R> ahead = walk;
         ahead.advance(canvas, R);
-        const int own_du = own + R;
+        const int left = rows - role.row;
+        unsigned present_du = 0;
+        if (ahead.inside(canvas) && left > 0 && left <= outputs + 2 * R) {
+            present_du = pixels.at(ahead.pixel, args.bottom);
+        }
         present = 0;
-        if (ahead.inside(canvas) && own_du < item.end + R && own_du >= item.first - R) {
-            present = pixels & 3;
+        if (walk.inside(canvas) && left > 0 && left <= outputs) {
+            present = pixels.at(walk.pixel, args.bottom);
         }
-        if (walk.inside(canvas) && own >= item.first && own < item.end) {
-            present |= pixels & 12;
-        }
+        const int octet = recompute_from(octet0);  // pointers kept would take two registers each
         std::uint32_t offset[2];
         shared.offsets.load(offset, role);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const std::uint32_t du = ahead.pixel + offset[i], z = walk.pixel + offset[i];
-            if (du >= args.pixel_count) present &= ~(1u << i);
-            if (z >= args.pixel_count) present &= ~(4u << i);
-            const bool channels = pixels >> 4;
-            const bool has_du = (present >> i & 1) && channels;
-            const bool has_z = present >> (2 + i) & 1;
-            const auto* dv_at = at_pixel(args.dv + octet0, du, row_bytes);
-            const auto* u_at = at_pixel(args.u + octet0, du, row_bytes);
-            const auto* h_at = at_pixel(args.h + octet0, z, row_bytes);
+            const bool has_du = present_du >> (8 + i) & 1;
+            const bool has_z = present >> (4 + i) & 1, has_h = present >> (12 + i) & 1;
+            const auto* dv_at = at_pixel(args.dv + octet, du, args.row_bytes);
+            const auto* u_at = at_pixel(args.u + octet, du, args.row_bytes);
+            const auto* h_at = at_pixel(args.h + octet, z, args.row_bytes);
             if constexpr (kAhead) {
                 shared.next.dv.fetch(thread, i, dv_at, has_du);
                 shared.next.u.fetch(thread, i, u_at, has_du);
-                shared.next.h.fetch(thread, i, h_at, has_z && channels);
+                shared.next.h.fetch(thread, i, h_at, has_h);
                 shared.next.statistics.fetch(role, i, args.mean, args.rstd, z, has_z);
             } else {
                 dv[i] = has_du ? load_octet<true>(dv_at, 8) : Octet{};
                 u[i] = has_du ? load_octet<true>(u_at, 8) : Octet{};
-                h[i] = has_z && channels ? load_octet<true>(h_at, 8) : Octet{};
+                h[i] = has_h ? load_octet<true>(h_at, 8) : Octet{};
                 (i == 0 ? mean.x : mean.y) = has_z ? load_global(args.mean + z) : 0.f;
                 (i == 0 ? rstd.x : rstd.y) = has_z ? load_global(args.rstd + z) : 0.f;
             }
@@ -177,7 +175,6 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
     const auto fill_du = [&](int entering) {
         unsigned char* cells =
             shared.du + (entering + role.row) * kPairRowBytes + role.template cell<4>(0);
-        const std::uint32_t mask = pixel_mask(present, 0);
         if constexpr (kAhead) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
@@ -194,14 +191,13 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
                 high[i] = Element::high(dv[i].pair[k]) *
                           gelu_slope_of<Element>(Element::high(u[i].pair[k]));
             }
-            store_shared(cells + 2 * k * kPairPlaneBytes, Element::pack(low[0], low[1]) & mask);
-            store_shared(cells + (2 * k + 1) * kPairPlaneBytes,
-                         Element::pack(high[0], high[1]) & mask);
+            store_shared(cells + 2 * k * kPairPlaneBytes, Element::pack(low[0], low[1]));
+            store_shared(cells + (2 * k + 1) * kPairPlaneBytes, Element::pack(high[0], high[1]));
         }
     };
     const auto fill_z = [&] {
         const int cells = role.row * kPairRowBytes + role.cell<8>(0);
-        const std::uint32_t mask = pixel_mask(present >> 2, 0);
+        const std::uint32_t mask = pixel_mask(present >> 4, 0);
         if constexpr (kAhead) {
             mean = shared.next.statistics.load(0, role);
             rstd = shared.next.statistics.load(1, role);
@@ -223,9 +219,10 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
                 high[i] = fmaf(gelu_of<Element>(Element::high(h[i].pair[k])), scale[i], shift[i]);
             }
             const int cell = cells + 2 * k * kPairPlaneBytes;
-            store_shared(shared.normal.bytes + cell, Element::pack(low[0], low[1]) & mask);
+            // Of a pixel that does not exist h, mean and rstd are zero, and so is x̂.
+            store_shared(shared.normal.bytes + cell, Element::pack(low[0], low[1]));
             store_shared(shared.normal.bytes + cell + kPairPlaneBytes,
-                         Element::pack(high[0], high[1]) & mask);
+                         Element::pack(high[0], high[1]));
             store_shared(
                 shared.z.bytes + cell,
                 Element::pack(fmaf(low[0], gamma.x, beta.x), fmaf(low[1], gamma.x, beta.x)) & mask);
@@ -235,8 +232,8 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
                     mask);
         }
     };
-    // `row`: the row's first pixel; `owned`: bits of the pixels to write; `finished`: the ring slot
-    // of du's row y.
+    // `row`: the row's first pixel; `owned`: bits of the pixels to write, see QuadBits; `finished`:
+    // the ring slot of du's row y.
     const auto drain = [&](std::uint32_t row, unsigned owned, int finished) {
         const int cells = role.row * kPairRowBytes + role.cell<8>(0);
         const unsigned char* du_cells =
@@ -278,9 +275,10 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const std::uint32_t pixel = row + offset[i];
-            if (!(owned >> i & 1)) continue;
-            if (pixels >> 4) {
-                store_octet<true>(at_pixel(args.p + octet0, pixel, row_bytes), out[i], 8);
+            if (!(owned >> (4 + i) & 1)) continue;
+            if (owned >> (12 + i) & 1) {
+                store_octet<true>(at_pixel(args.p + recompute_from(octet0), pixel, args.row_bytes),
+                                  out[i], 8);
             }
             if (role.half == i) {
                 store_global(args.row_sums +
@@ -290,11 +288,6 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
         }
     };
 
-    if constexpr (kAhead) {
-        shared.next.h.clear(thread);
-        shared.next.dv.clear(thread);
-        shared.next.u.clear(thread);
-    }
     __syncthreads();  // parameters, offsets and zeros are in shared memory
     if constexpr (kAhead) fetch();
     Ring<K> ring, sums;
@@ -304,11 +297,10 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
     begin<K>(sums, zero);
 #pragma unroll
     for (int i = 0; i < 4; ++i) bias_sum[i] = norm_sums[i] = 0.f;
-    const int stages = warm_up + (item.end - item.first + kStageRows - 1) / kStageRows;
     int entering = 0;  // ring slot of du's row y + R
 #pragma unroll 1
-    for (int stage = 0; stage < stages; ++stage) {
-        const bool finishes = stage >= warm_up;
+    while (rows > 0) {
+        const bool finishes = rows <= outputs;
         if constexpr (kAhead) {
             async_copy_wait<0>();
         } else {
@@ -318,11 +310,11 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
         fill_du(entering);
         if (finishes) fill_z();
         const std::uint32_t row = walk.pixel;
-        const unsigned owned = present >> 2 & 3;
+        const unsigned owned = present;
         __syncthreads();
         walk.advance(canvas, kStageRows);
-        own += kStageRows;
-        if (kAhead && stage + 1 < stages) fetch();
+        rows -= kStageRows;
+        if (kAhead && rows > 0) fetch();
         if (finishes && args.dweight != nullptr) {
             correlate_rows<Element, K>(sums, bias_sum, shared.z.bytes, shared.du, shared.masks,
                                        wrap_ring(entering + kRingRows - 2 * R), channel, lane);

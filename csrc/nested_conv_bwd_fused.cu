@@ -85,6 +85,8 @@ void launch(const NestedConvBwdParams& p, void* stream) {
                           .shortcut = p.shortcut,
                           .C = p.C,
                           .canvas = plan.canvas,
+                          .bottom = bottom_images(plan.canvas),
+                          .row_bytes = 2 * static_cast<std::uint32_t>(p.C),
                           .pixel_count = pixels,
                           .channel_blocks = blocks});
     if (p.dh != nullptr) {

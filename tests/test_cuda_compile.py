@@ -31,7 +31,8 @@ ARCHS = ["sm_80", "sm_90"]
 MORE_ARCHS = ["sm_86", "sm_89", "sm_100", "sm_120"]
 
 # Registers of a thread, so that the blocks meant to share an SM do: two of 256 threads for the
-# vector kernels up to 7×7, one for the rest; the rows' backward has up to 512 threads.
+# vector kernels up to 7×7 (but for the weight gradient with a norm), one for the rest; the rows'
+# backward has up to 512 threads.
 REGISTERS = {
     "nested_conv_fwd_kernel": 128,
     "depthwise_kernel": 128,
@@ -63,19 +64,21 @@ CONVOLUTIONS = (
 # plain convolution three blocks are to share an SM.
 SMALL = ("depthwise_small_kernel", "depthwise_small_bwd_kernel")
 SMALL_INSTRUCTIONS = {
-    ("depthwise_small_kernel", "(MapSource)0"): 520,
-    ("depthwise_small_kernel", "(MapSource)1"): 2980,
-    ("depthwise_small_bwd_kernel", "(MapSource)0"): 920,
-    ("depthwise_small_bwd_kernel", "(MapSource)1"): 2900,
+    ("depthwise_small_kernel", "(MapSource)0"): 500,
+    ("depthwise_small_kernel", "(MapSource)1"): 1920,
+    ("depthwise_small_bwd_kernel", "(MapSource)0"): 800,
+    ("depthwise_small_bwd_kernel", "(MapSource)1"): 2420,
 }
 
 # A warp's stage of a 7×7 in bf16, 1024 nominal outputs or (both gradients) 512, takes this many
 # warp instructions at most.
 STAGE_INSTRUCTIONS = {
-    "nested_conv_fwd_kernel": 1450,
-    "depthwise_kernel": 1080,
-    "depthwise_wgrad_kernel": 880,
-    "nested_conv_bwd_kernel": 1200,
+    ("nested_conv_fwd_kernel",): 1120,
+    ("depthwise_kernel", "(Source)0"): 300,
+    ("depthwise_kernel", "(Source)1"): 840,
+    ("depthwise_wgrad_kernel", "false"): 360,
+    ("depthwise_wgrad_kernel", "true"): 790,
+    ("nested_conv_bwd_kernel",): 1150,
 }
 
 
@@ -100,17 +103,27 @@ def takes_vectors(name: str, parameters: list[str]) -> bool:
         for a in (*ARCHS, *MORE_ARCHS)
     ]
 )
-def compiled(request):
-    return kernels(*request.param)
+def target(request):
+    return request.param
 
 
-def test_no_spills_and_registers_within_budget(compiled):
+@pytest.fixture
+def compiled(target):
+    return kernels(*target)
+
+
+def test_no_spills_and_registers_within_budget(target, compiled):
+    # There shared memory has room for one block of the canvas' kernels, which may take them all.
+    one_block = target[1] == "sm_120"
     for kernel in compiled:
         name, parameters = parse(kernel)
         assert kernel.spill_bytes == 0, kernel.name
         assert kernel.stack_bytes == 0, kernel.name
         roomy = name in CONVOLUTIONS and (
-            parameters[1] == "9" or not takes_vectors(name, parameters)
+            (one_block and name not in FUSED)
+            or parameters[1] == "9"
+            or not takes_vectors(name, parameters)
+            or (name == "depthwise_wgrad_kernel" and parameters[2] == "true")
         )
         budget = 255 if roomy else REGISTERS[name]
         if name in FMA:
@@ -132,7 +145,7 @@ def test_the_convolutions_run_on_the_tensor_cores(compiled):
         assert kernel.count("LDSM.16") > 0, kernel.name
         # 8 rows and channels of a warp's stage, each with a product for every kernel row; db's is
         # one more. Of both gradients it is 4 rows of a channel, with db and dγ, dβ beside them.
-        mix = kernel.stage_mix(2)
+        mix = kernel.stage_mix()
         products = sum(n for op, n in mix.items() if op.startswith("HMMA"))
         beside = {"depthwise_wgrad_kernel": 8, "nested_conv_bwd_kernel": 4 + 4}.get(name, 0)
         assert products == 8 * size + beside, kernel.name
@@ -155,7 +168,7 @@ def test_small_maps_run_on_the_tensor_cores(compiled):
         pairs = pairs_of_rows(size, side)
         products = pairs if name == "depthwise_small_kernel" else 2 * pairs + side
         assert kernel.count("HMMA.16816.F32") == 2 * products, kernel.name
-        mix = kernel.instructions if name == SMALL[0] else list(kernel.stage_mix(1).elements())
+        mix = kernel.instructions if name == SMALL[0] else list(kernel.stage_mix().elements())
         found = [op if isinstance(op, str) else op[0] for op in mix]
         reads = [op for op in found if op.startswith("LDG") and "128" in op]
         writes = [op for op in found if op.startswith("STG")]
@@ -192,7 +205,7 @@ def test_global_accesses_are_16_bytes_wide(compiled):
         name, parameters = parse(kernel)
         if name not in CONVOLUTIONS or not takes_vectors(name, parameters):
             continue
-        mix = kernel.stage_mix(2)
+        mix = kernel.stage_mix()
         reads = [op for op in mix if op.startswith(("LDG.", "LDGSTS"))]
         writes = [op for op in mix if op.startswith("STG")]
         assert any("128" in op for op in reads), kernel.name
@@ -230,7 +243,8 @@ def test_stage_instructions_within_budget(compiled):
             and parameters[:2] == ["BFloat16", "7"]
             and takes_vectors(name, parameters)
         ):
-            assert kernel.stage_mix(2).total() <= STAGE_INSTRUCTIONS[name], kernel.name
+            budget = STAGE_INSTRUCTIONS[(name, *parameters[2:-1])]
+            assert kernel.stage_mix().total() <= budget, kernel.name
 
 
 def test_template_instances_are_as_counted_in_the_sources():

@@ -128,15 +128,15 @@ __device__ __forceinline__ void push_row(Ring<K>& ring, const FragmentA& window,
 // Convolves a stage of one channel in place: reads its 4 input rows, and leaves the 4 output rows
 // that they finish (rows −R .. 3 − R of the stage) in the same planes, output row y in plane row
 // y mod 4. A thread thus finds, in the cells it filled, the output of the row that it filled in
-// this stage (rows r < 4 − R) or in the one before. `plane`: the channel's plane of row 0.
+// this stage (rows r < 4 − R) or in the one before. `plane`: the channel's.
 template <class Element, int K>
 __device__ __forceinline__ void convolve_stage(Ring<K>& ring, const FragmentB (&band)[K],
-                                               unsigned char* planes, int channel, int lane,
+                                               unsigned char* planes, int plane, int lane,
                                                const FragmentC& start) {
     constexpr int R = K / 2;
     const int g = lane >> 2, t = lane & 3;
-    const unsigned char* windows = planes + window_address(channel, lane);
-    unsigned char* outputs = planes + plane_of(channel) * kPlaneBytes + kLeadPixels * 2 + lane * 4;
+    const unsigned char* windows = planes + window_address(plane, lane);
+    unsigned char* outputs = planes + plane * kPlaneBytes + kLeadPixels * 2 + lane * 4;
     const auto push = [&](int row, const FragmentA& window) {
         push_row<Element, K>(ring, window, band, start);
         __syncwarp();  // all lanes have read the plane that is written now
@@ -148,11 +148,10 @@ __device__ __forceinline__ void convolve_stage(Ring<K>& ring, const FragmentB (&
         }
     };
     if constexpr (K == 7) {
-        // Output row y takes the place of input row y + 1: read that one ahead. Unrolled by 2, not
-        // 4: ptxas then interleaves less, and finds a register for everything.
+        // Output row y takes the place of input row y + 1: read that one ahead.
         FragmentA window, next;
         load_matrices<false>(next, windows);
-#pragma unroll 2
+#pragma unroll
         for (int row = 0; row < kStageRows; ++row) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) window[i] = next[i];

@@ -69,6 +69,19 @@ inline Canvas plan_canvas(int images, int height, int width, int radius, int wan
     return c;
 }
 
+// The bottom row of images of the canvas, of which some may be missing.
+struct BottomImages {
+    std::uint32_t first, end;  // pixels of the leftmost
+    std::uint32_t pixels;      // how many exist from the first on
+};
+
+inline BottomImages bottom_images(const Canvas& c) {
+    const auto image = static_cast<std::uint32_t>(c.height * c.width);
+    const auto above = static_cast<std::uint32_t>((c.down - 1) * c.beside);
+    return {above * image, (above + 1) * image,
+            (static_cast<std::uint32_t>(c.images) - above) * image};
+}
+
 // One item: outputs of virtual rows [first, end), input rows from `start` on.
 struct Item {
     int start, first, end;
@@ -117,6 +130,11 @@ struct RowWalk {
         return static_cast<unsigned>(y) < static_cast<unsigned>(c.height);
     }
 
+    // Of an image that exists: the walk may go on below the bottom ones.
+    __device__ __forceinline__ bool inside(const Canvas& c, const BottomImages& bottom) const {
+        return inside(c) && pixel < bottom.end;
+    }
+
   private:
     __device__ __forceinline__ void wrap(const Canvas& c) {
         const int pitch = c.height + kRadius;
@@ -128,6 +146,18 @@ struct RowWalk {
             while (y >= pitch) y -= pitch, pixel += down;
         }
     }
+};
+
+// Whether a thread's row is one of its item's outputs, from stage to stage of 4 rows. The halo
+// above an item has at most 4 rows, so that it ends with the first stage.
+struct OutputRows {
+    int left;
+    bool halo;
+
+    __device__ __forceinline__ OutputRows(const Item& item, int row)
+        : left(item.end - item.start - row), halo(row < item.first - item.start) {}
+    __device__ __forceinline__ bool holds() const { return left > 0 && !halo; }
+    __device__ __forceinline__ void advance(int rows) { left -= rows, halo = false; }
 };
 
 // Four neighbouring pixels of the virtual rows, v0 .. v0 + 3, the same in every row of an item.
@@ -153,6 +183,32 @@ struct PixelQuad {
             readable |= static_cast<unsigned>(is_pixel) << i;
             owned |= static_cast<unsigned>(is_pixel && owns) << i;
         }
+    }
+};
+
+// Which of a quad's pixels exist, in an item's rows and in those of its bottom images, as bits.
+struct QuadBits {
+    std::uint32_t bits;
+
+    __device__ __forceinline__ QuadBits(const PixelQuad& quad, const BottomImages& bottom,
+                                        bool channels_exist) {
+        unsigned exist = 0;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            exist |= static_cast<unsigned>(quad.offset[i] < bottom.pixels) << i;
+        }
+        const unsigned mine = channels_exist ? 0xff : 0;
+        const auto row = [&](unsigned all) {
+            const unsigned pixels = (quad.readable & all) | (quad.owned & all) << 4;
+            return pixels | (pixels & mine) << 8;
+        };
+        bits = row(15) | row(exist) << 16;
+    }
+
+    // Of the row whose first pixel is `pixel`, bits 0–3: the pixel exists, 4–7: it is an output of
+    // this item; 8–15: the same, and the thread's channels exist.
+    __device__ __forceinline__ unsigned at(std::uint32_t pixel, const BottomImages& bottom) const {
+        return pixel >= bottom.first ? bits >> 16 : bits;
     }
 };
 

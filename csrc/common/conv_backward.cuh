@@ -134,7 +134,6 @@ struct ConvBackward {
              .dbias = partials(plan.partials.bias),
              .C = p.C,
              .canvas = plan.wgrad.canvas,
-             .pixel_count = pixels,
              .channel_blocks = channel_blocks(p.C),
              .groups = plan.wgrad.groups},
             stream);

@@ -26,8 +26,10 @@ struct DepthwiseArgs {
     bool flipped;
     int C;
     Canvas canvas;
-    std::uint32_t pixel_count;  // N·H·W
     int channel_blocks;
+    // The launch fills in what follows from these.
+    BottomImages bottom = {};
+    std::uint32_t row_bytes = 0;  // of a pixel's C channels
 };
 
 template <Source kSource>
@@ -73,40 +75,39 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
     // Where this thread reads and writes
     const int octet0 = channel0 + role.half * 8, channels = args.C - octet0;
     const PixelQuad quad(canvas, item, role.quad * 4 - kLeadPixels);
-    const std::uint32_t row_bytes = 2 * static_cast<std::uint32_t>(args.C);
-    // Bits 0–3: readable pixels, 4–7: outputs
-    const unsigned pixels = channels > 0 ? quad.readable | quad.owned << 4 : 0u;
+    const QuadBits pixels(quad, args.bottom, channels > 0);
     shared.offsets.store(quad, role);
 
     // The next stage's row, on its way
     RowWalk<K / 2> walk(canvas, item, role.row);
-    unsigned present;  // bits: the pixel exists
     const auto fetch = [&] {
-        present = walk.inside(canvas) ? pixels & 15 : 0;
+        const bool reads = walk.inside(canvas, args.bottom);
+        const unsigned bits = reads ? pixels.at(walk.pixel, args.bottom) : 0;
+        const int octet = recompute_from(octet0);  // a pointer kept would take two registers
         std::uint32_t offset[4];
         shared.offsets.load(offset, role);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const std::uint32_t pixel = walk.pixel + offset[i];
-            if (pixel >= args.pixel_count) present &= ~(1u << i);
-            const bool exists = present >> i & 1;
+            const bool exists = bits >> (8 + i) & 1;
             shared.staging.x.template fetch<kVector>(
-                thread, i, at_pixel(args.x + octet0, pixel, row_bytes), channels, exists);
+                thread, i, at_pixel(args.x + octet, pixel, args.row_bytes), channels, exists);
             if constexpr (kGelu) {
                 shared.staging.u.template fetch<kVector>(
-                    thread, i, at_pixel(args.u + octet0, pixel, row_bytes), channels, exists);
+                    thread, i, at_pixel(args.u + octet, pixel, args.row_bytes), channels, exists);
             }
         }
         async_copy_commit();
     };
     const auto store = [&](std::uint16_t* tensor, std::uint32_t row, const Octet(&octets)[4]) {
+        const unsigned bits = pixels.at(row, args.bottom);
+        std::uint16_t* first = tensor + recompute_from(octet0);
         std::uint32_t offset[4];
         shared.offsets.load(offset, role);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const std::uint32_t pixel = row + offset[i];
-            if ((pixels >> (4 + i) & 1) && pixel < args.pixel_count) {
-                store_octet<kVector>(at_pixel(tensor + octet0, pixel, row_bytes), octets[i],
+            if (bits >> (12 + i) & 1) {
+                store_octet<kVector>(at_pixel(first, row + offset[i], args.row_bytes), octets[i],
                                      channels);
             }
         }
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
     // `row`: first pixel of the row being filled, if its pixels are this item's outputs
     const auto fill = [&](std::uint32_t row) {
         async_copy_wait<0>();
-        if (!walk.inside(canvas)) return clear_quad(role, shared.planes);
+        if (kGelu && !walk.inside(canvas)) return clear_quad(role, shared.planes);
         Octet value[4];
         shared.staging.x.take(value, thread);
         if constexpr (kGelu) {
@@ -126,12 +127,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
                 for (int k = 0; k < 4; ++k) {
                     std::uint32_t& pair = value[i].pair[k];
                     pair = Element::pack(
-                        Element::low(pair) * gelu_slope_fast(Element::low(u[i].pair[k])),
-                        Element::high(pair) * gelu_slope_fast(Element::high(u[i].pair[k])));
+                        Element::low(pair) * gelu_slope_fast<Element>(Element::low(u[i].pair[k])),
+                        Element::high(pair) *
+                            gelu_slope_fast<Element>(Element::high(u[i].pair[k])));
                 }
             }
         }
-        store_quad(value, present, role, shared.planes);
+        store_quad(value, role, shared.planes);
         if constexpr (kGelu) {
             if (row != kNoPixel) store(args.du, row, value);
         }
@@ -148,8 +150,6 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
     };
 
     __syncthreads();  // parameters and offsets are in shared memory
-    shared.staging.x.clear(thread);
-    if constexpr (kGelu) shared.staging.u.clear(thread);
     fetch();
     Ring<K> ring[kWarpChannels];
 #pragma unroll
@@ -159,17 +159,17 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
         begin<K>(ring[c], start);
     }
     const bool late = stages_late<K>(role.row);
-    const int stages = (item.end + K / 2 - item.start + kStageRows - 1) / kStageRows;
+    OutputRows outputs(item, role.row);
     std::uint32_t row_before = kNoPixel;
 #pragma unroll 1
-    for (int stage = 0; stage < stages; ++stage) {
-        const int own = item.start + stage * kStageRows + role.row;
-        const bool is_output = own >= item.first && own < item.end && walk.inside(canvas);
+    for (int stage = (item.end + K / 2 - item.start + kStageRows - 1) / kStageRows; stage > 0;
+         --stage, outputs.advance(kStageRows)) {
+        const bool is_output = outputs.holds() && walk.inside(canvas);
         const std::uint32_t filled_row = is_output ? walk.pixel : kNoPixel;
         fill(filled_row);
         __syncthreads();
         walk.advance(canvas, kStageRows);
-        if (stage + 1 < stages) fetch();
+        if (stage > 1) fetch();
 #pragma unroll
         for (int c = 0; c < kWarpChannels; ++c) {
             const int channel = warp * kWarpChannels + c;
@@ -177,7 +177,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
             FragmentC start;
             load_band<K>(band, band_address<K>(shared.bands, channel, lane));
             load_start(start, shared.starts, channel);
-            convolve_stage<Element, K>(ring[c], band, shared.planes.bytes, channel, lane, start);
+            convolve_stage<Element, K>(ring[c], band, shared.planes.bytes, warp_plane(warp, c),
+                                       lane, start);
         }
         __syncthreads();
         drain(late ? row_before : filled_row);
@@ -186,7 +187,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
 }
 
 template <class Element, int K, Source kSource, bool kVector>
-void launch_depthwise(const char* name, const DepthwiseArgs& args, void* stream) {
+void launch_depthwise(const char* name, DepthwiseArgs args, void* stream) {
+    args.bottom = bottom_images(args.canvas);
+    args.row_bytes = 2 * static_cast<std::uint32_t>(args.C);
     run({.kernel = name,
          .grid = dim3(static_cast<unsigned>(args.canvas.items) * args.channel_blocks),
          .block = dim3(kThreads),

@@ -80,32 +80,26 @@ __global__ void __launch_bounds__(kThreads, kSmallBlocksPerSm<kSource>)
     }
     __syncthreads();
     if (role.row >= height) return;
+    MapRow<kSide> out;  // y, or u, then v
+    planes_to_row<kSide>(out, role, shared.planes);
     if constexpr (kNested) {
-        MapRow<kSide> out;
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            std::uint32_t low[4], high[4];
-            load_map_pair(low, high, k, role, shared.planes);
+        const auto each_pair = [&](const auto& f) {
 #pragma unroll
             for (int x = 0; x < kSide; ++x) {
-                const auto sum = [&](std::uint32_t pair) {
-                    return x % 2 ? Element::high(pair) : Element::low(pair);
-                };
-                std::uint32_t& pair = row[x].pair[k];
-                const float u_low = sum(low[x / 2]) + (args.shortcut ? Element::low(pair) : 0.f);
-                const float u_high = sum(high[x / 2]) + (args.shortcut ? Element::high(pair) : 0.f);
-                pair = Element::pack(u_low, u_high);
-                out[x].pair[k] = Element::pack(gelu_fast(u_low), gelu_fast(u_high));
+#pragma unroll
+                for (int k = 0; k < 4; ++k) out[x].pair[k] = f(out[x].pair[k], row[x].pair[k]);
             }
-        }
-        store_map_row<kSide>(out, args.y + octet0, place, width, args.C);
+        };
+        if (args.shortcut) each_pair([](auto sum, auto g) { return Element::add(sum, g); });
         if (args.u != nullptr) {
-            store_map_row<kSide>(row, args.u + octet0, place, width, args.C);
+            store_map_row<kSide>(out, args.u + octet0, place, width, args.C);
         }
-    } else {
-        planes_to_row<kSide>(row, role, shared.planes);
-        store_map_row<kSide>(row, args.y + octet0, place, width, args.C);
+        each_pair([](auto u, auto) {
+            return Element::pack(gelu_fast<Element>(Element::low(u)),
+                                 gelu_fast<Element>(Element::high(u)));
+        });
     }
+    store_map_row<kSide>(out, args.y + octet0, place, width, args.C);
 }
 
 }  // namespace convnest::cuda

@@ -35,9 +35,9 @@ __device__ __forceinline__ void gelu_gradient(MapRow<kPixels>& dv, const MapRow<
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             std::uint32_t& pair = dv[x].pair[k];
-            pair =
-                Element::pack(Element::low(pair) * gelu_slope_fast(Element::low(u[x].pair[k])),
-                              Element::high(pair) * gelu_slope_fast(Element::high(u[x].pair[k])));
+            pair = Element::pack(
+                Element::low(pair) * gelu_slope_fast<Element>(Element::low(u[x].pair[k])),
+                Element::high(pair) * gelu_slope_fast<Element>(Element::high(u[x].pair[k])));
         }
     }
 }
@@ -73,7 +73,7 @@ __device__ __forceinline__ void correlate_map(MapProducts<K>& sums, FragmentC& b
             }
         }
     }
-    const std::uint32_t one = Element::pack(1.f, 1.f);
+    constexpr std::uint32_t one = Element::kOnes;
     const FragmentA ones = {one, one, one, one};
 #pragma unroll
     for (int y = 0; y < kSide; ++y) mma<Element>(bias_sum, ones, gradient[y], bias_sum);

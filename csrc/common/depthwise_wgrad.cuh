@@ -32,9 +32,11 @@ struct DepthwiseWgradArgs {
     float* dbias;             // [groups, C] or null
     int C;
     Canvas canvas;
-    std::uint32_t pixel_count;  // N·H·W
     int channel_blocks;
     int groups;
+    // The launch fills in what follows from these.
+    BottomImages bottom = {};
+    std::uint32_t row_bytes = 0;  // of a pixel's C channels
 };
 
 // dy's rows: those that the 4 rows of z of a stage meet, in a ring.
@@ -75,39 +77,34 @@ static_assert(sizeof(DepthwiseWgradShared<7>) <= 81 * 1024);
 
 // A lane's ldmatrix row addresses, transposed: of z's window, matrices in the order of fragment A
 // (columns 0–7, 8–15 of tiles 0–7, then of tiles 8–15) ...
-__device__ __forceinline__ int window_address_transposed(int channel, int lane) {
+__device__ __forceinline__ int window_address_transposed(int plane, int lane) {
     const int tile = (lane & 7) + (lane >> 4) * 8;
-    return plane_of(channel) * kPlaneBytes + (tile + (lane >> 3 & 1)) * 16;
+    return plane * kPlaneBytes + (tile + (lane >> 3 & 1)) * 16;
 }
 
 // ... and of dy, two rows at once, each in the order of fragment B (tiles 0–7, 8–15).
-__device__ __forceinline__ int gradient_address(int channel, int lane) {
+__device__ __forceinline__ int gradient_address(int plane, int lane) {
     const int tile = (lane & 7) + (lane >> 3 & 1) * 8;
-    return (lane >> 4) * kPlaneRowBytes + plane_of(channel) * kPlaneBytes + tile * 16;
+    return (lane >> 4) * kPlaneRowBytes + plane * kPlaneBytes + tile * 16;
 }
 
-template <class Element>
-__device__ __forceinline__ std::uint32_t pair_of_ones() {
-    return Element::pack(1.f, 1.f);
-}
-
-// Channel `channel`'s share of a stage: rows z[0..3], meeting dy rows −R .. 3 + R. `oldest`: ring
-// slot of dy row −R, an even number.
+// A channel's share of a stage, in its `plane`: rows z[0..3], meeting dy rows −R .. 3 + R.
+// `oldest`: where row −R lies in dy's ring, a multiple of two rows' bytes.
 template <class Element, int K>
 __device__ __forceinline__ void correlate_stage(Ring<K>& sums, BiasSums& bias_sums,
                                                 const unsigned char* z, const unsigned char* dy,
-                                                int oldest, int channel, int lane) {
+                                                int oldest, int channel, int plane, int lane) {
     constexpr int kRows = kGradientRows<K>;
-    const unsigned char* windows = z + window_address_transposed(channel, lane);
-    const unsigned char* gradients = dy + gradient_address(channel, lane);
-    const std::uint32_t one = pair_of_ones<Element>();
-    const FragmentA ones = {one, one, one, one};
+    const unsigned char* windows = z + window_address_transposed(plane, lane);
+    const unsigned char* gradients = dy + gradient_address(plane, lane) + oldest;
+    const FragmentA ones = {Element::kOnes, Element::kOnes, Element::kOnes, Element::kOnes};
     FragmentC bias_sum = {0.f, 0.f, 0.f, 0.f};
     FragmentB gradient[kRows];
     const auto load = [&](int row) {  // and row + 1; row is even
-        const int slot = oldest + row < kRows ? oldest + row : oldest + row - kRows;
+        const bool wraps = oldest >= (kRows - row) * kPlaneRowBytes;
         std::uint32_t r[4];
-        load_matrices<true>(r, gradients + slot * kPlaneRowBytes);
+        load_matrices<true>(
+            r, (wraps ? gradients - kRows * kPlaneRowBytes : gradients) + row * kPlaneRowBytes);
         gradient[row][0] = r[0], gradient[row][1] = r[1];
         gradient[row + 1][0] = r[2], gradient[row + 1][1] = r[3];
     };
@@ -128,19 +125,18 @@ __device__ __forceinline__ void correlate_stage(Ring<K>& sums, BiasSums& bias_su
     bias_sums.add(bias_sum, channel, lane);
 }
 
-// kVector: 16-byte accesses; C % 8 == 0, x and dy are 16-byte aligned.
+// kVector: 16-byte accesses; C % 8 == 0, x and dy are 16-byte aligned. With the norm, which runs
+// where nested_conv_bwd_kernel does not, two blocks to an SM leave too few registers.
 template <class Element, int K, bool kGeluNorm, bool kVector>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector && !kGeluNorm>)
     depthwise_wgrad_kernel(DepthwiseWgradArgs args) {
     CONVNEST_SHARED_MEMORY(DepthwiseWgradShared<K>, shared);
     constexpr int R = K / 2, kRows = kGradientRows<K>;
     const Canvas& canvas = args.canvas;
     const int thread = threadIdx.x, lane = thread % kWarpSize, warp = thread / kWarpSize;
     const int channel0 = blockIdx.x % args.channel_blocks * kBlockChannels;
-    const int group = blockIdx.x / args.channel_blocks;
     const Role role(thread);
     const int octet0 = channel0 + role.half * 8, channels = args.C - octet0;
-    const std::uint32_t row_bytes = 2 * static_cast<std::uint32_t>(args.C);
 
     if (kGeluNorm) shared.affine.fill(args.ln_weight, args.ln_bias, channel0, args.C, thread);
     clear_zero_blocks(shared.z, thread);
@@ -155,113 +151,134 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
     shared.bias.clear(thread);
     // A thread's cells of dy: pixel v at position v, a lead of 4 pixels less than in z; quad 0,
     // which lies left of the canvas, has none.
-    const auto gradient_cell = [&](int slot, int i) {
-        return shared.dy + slot * kPlaneRowBytes + (2 * i + role.half) * kPlaneBytes +
-               role.quad * 8 - kLeadPixels * 2;
+    const auto gradient_cell = [&](int place, int i) {
+        return shared.dy + place + (2 * i + role.half) * kPlaneBytes + role.quad * 8 -
+               kLeadPixels * 2;
     };
 
 #pragma unroll 1
-    for (int index = group; index < canvas.items; index += args.groups) {
+    for (int index = blockIdx.x / args.channel_blocks; index < canvas.items; index += args.groups) {
         Item item = item_of(canvas, index);
         // The first rows of z lie above the outputs, in a gap if the image starts here: dy's ring
         // is then filled from the item's first row on.
         item.top_y -= R - (item.first - item.start);
         item.start = item.first - R;
         const PixelQuad quad(canvas, item, role.quad * 4 - kLeadPixels);
-        // Bits 0–3: readable pixels, 4–7: outputs, 8: this thread's channels exist
-        const unsigned pixels = quad.readable | (channels > 0 ? quad.owned << 4 | 1u << 8 : 0u);
+        const QuadBits pixels(quad, args.bottom, recompute_from(octet0) < args.C);
         shared.offsets.store(quad, role);
         __syncthreads();
 
         RowWalk<R> walk(canvas, item, role.row);  // of z; that of dy is R rows ahead
         Octet x[4] = {};                          // with the norm: the next stage's, on its way
-        unsigned present;
+        const auto present = [&] {                // bits of z's row, see QuadBits
+            const bool reads = walk.inside(canvas, args.bottom);
+            return reads ? pixels.at(walk.pixel, args.bottom) : 0;
+        };
         const auto load_x = [&] {
-            present = walk.inside(canvas) ? pixels & 15 : 0;
+            const unsigned bits = present();
+            const std::uint16_t* tensor = args.x + octet0;
             std::uint32_t offset[4];
             shared.offsets.load(offset, role);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const std::uint32_t pixel = walk.pixel + offset[i];
-                if (pixel >= args.pixel_count) present &= ~(1u << i);
-                const bool exists = present >> i & 1;
-                if (exists && (pixels >> 8)) {
-                    x[i] =
-                        load_octet<kVector>(at_pixel(args.x + octet0, pixel, row_bytes), channels);
+                if (!kGeluNorm) x[i] = Octet{};
+                if (bits >> (8 + i) & 1) {
+                    x[i] = load_octet<kVector>(at_pixel(tensor, pixel, args.row_bytes), channels);
                 }
                 if (kGeluNorm) {
-                    shared.statistics.fetch(role, i, args.mean, args.rstd, pixel, exists);
+                    shared.statistics.fetch(role, i, args.mean, args.rstd, pixel, bits >> i & 1);
                 }
             }
             if (kGeluNorm) async_copy_commit();
         };
         // dy has no registers to wait in: it is read and used in a fill, with the norm in between.
-        const auto load_dy = [&](Octet(&dy)[4], int row) {
+        const auto load_dy = [&](Octet(&dy)[4], int left) {
             RowWalk<R> ahead = walk;
             ahead.advance(canvas, R);
-            const unsigned owned =
-                ahead.inside(canvas) && row + R + role.row < item.end ? pixels >> 4 & 15 : 0;
+            const bool reads = ahead.inside(canvas) && R + role.row < left;
+            const unsigned bits = reads ? pixels.at(ahead.pixel, args.bottom) : 0;
+            const std::uint16_t* tensor = args.dy + octet0;
             std::uint32_t offset[4];
             shared.offsets.load(offset, role);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const std::uint32_t pixel = ahead.pixel + offset[i];
                 dy[i] = Octet{};
-                if ((owned >> i & 1) && pixel < args.pixel_count) {
-                    dy[i] =
-                        load_octet<kVector>(at_pixel(args.dy + octet0, pixel, row_bytes), channels);
+                if (bits >> (12 + i) & 1) {
+                    dy[i] = load_octet<kVector>(
+                        at_pixel(tensor, ahead.pixel + offset[i], args.row_bytes), channels);
                 }
             }
         };
-        // Without a norm x does not wait in registers: beside dy in the fill it would spill.
+        // Without a norm x does not wait in registers: beside dy in the fill it would spill. It
+        // comes to L2 meanwhile, as dy does: of a pixel's two threads one asks for x, one for dy.
+        const auto prefetch = [&] {
+            RowWalk<R> row = walk;
+            if (role.half != 0) row.advance(canvas, R);
+            const bool reads = row.inside(canvas, args.bottom);
+            const unsigned bits = reads ? pixels.at(row.pixel, args.bottom) : 0;
+            const std::uint16_t* tensor = (role.half != 0 ? args.dy : args.x) + octet0;
+            std::uint32_t offset[4];
+            shared.offsets.load(offset, role);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                prefetch_global(at_pixel(tensor, row.pixel + offset[i], args.row_bytes),
+                                bits >> (8 + i) & 1);
+            }
+        };
         if (kGeluNorm) load_x();
         // Rows of dy above the item's are zero: slots 0 .. 2R − 1.
         if (role.quad > 0) {
             for (int slot = role.row; slot < 2 * R; slot += kStageRows) {
 #pragma unroll
-                for (int i = 0; i < 8; ++i) store_shared(gradient_cell(slot, i), make_uint2(0, 0));
+                for (int i = 0; i < 8; ++i) {
+                    store_shared(gradient_cell(slot * kPlaneRowBytes, i), make_uint2(0, 0));
+                }
             }
         }
-        int oldest = 0;  // ring slot of dy's row `row − R`
+        constexpr int kRingBytes = kRows * kPlaneRowBytes;
+        const auto wrap = [](int place) { return place < kRingBytes ? place : place - kRingBytes; };
+        int oldest = 0;  // where dy's row `row − R` lies in the ring
 #pragma unroll 1
-        for (int row = item.start; row < item.end + R; row += kStageRows) {
-            const auto wrap = [](int slot) { return slot < kRows ? slot : slot - kRows; };
-            const int slot = wrap(oldest + wrap(2 * R + role.row));
+        for (int left = item.end - item.start; left > -R; left -= kStageRows) {
+            const int place = wrap(oldest + (2 * R + role.row) * kPlaneRowBytes);
             Octet dy[4];
             if (kGeluNorm) {
-                load_dy(dy, row);
+                load_dy(dy, left);
                 async_copy_wait<0>();
                 __syncwarp();
+                const unsigned bits = present();
                 const QuadNorm norm(shared.statistics, role);
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
                     std::uint32_t g[4];
-                    gelu_norm_pair<Element>(x, k, norm, shared.affine, present, role, shared.z, g);
+                    gelu_norm_pair<Element>(x, k, norm, shared.affine, bits, role, shared.z, g);
                 }
             } else {
                 load_x();
-                store_quad(x, present, role, shared.z);
+                store_quad(x, role, shared.z);
                 keep_order();
-                load_dy(dy, row);
+                load_dy(dy, left);
             }
             if (role.quad > 0) {
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
                     uint2 low, high;
                     split_pair(dy, k, low, high);
-                    store_shared(gradient_cell(slot, 2 * k), low);
-                    store_shared(gradient_cell(slot, 2 * k + 1), high);
+                    store_shared(gradient_cell(place, 2 * k), low);
+                    store_shared(gradient_cell(place, 2 * k + 1), high);
                 }
             }
             __syncthreads();
             walk.advance(canvas, kStageRows);
-            if (kGeluNorm && row + kStageRows < item.end + R) load_x();
+            if (kGeluNorm && left > kStageRows - R) load_x();
+            if (kVector && (!kGeluNorm || role.half != 0)) prefetch();
 #pragma unroll
             for (int c = 0; c < kWarpChannels; ++c) {
                 correlate_stage<Element, K>(sums[c], shared.bias, shared.z.bytes, shared.dy, oldest,
-                                            warp * kWarpChannels + c, lane);
+                                            warp * kWarpChannels + c, warp_plane(warp, c), lane);
             }
-            oldest = wrap(oldest + kStageRows);
+            oldest = wrap(oldest + kStageRows * kPlaneRowBytes);
             __syncthreads();
         }
     }
@@ -279,17 +296,20 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
         }
     }
     __syncthreads();
-    const std::size_t first = static_cast<std::size_t>(group) * args.C + channel0;
+    const unsigned block = blockIdx.x;
+    const int group = block / args.channel_blocks;
+    const int start = block % args.channel_blocks * kBlockChannels;
+    const std::size_t first = static_cast<std::size_t>(group) * args.C + start;
     for (int i = thread; i < kBlockChannels * K * K; i += kThreads) {
         const int row = i / K, kx = i - row * K;
-        if (channel0 + i / (K * K) >= args.C) break;
+        if (start + i / (K * K) >= args.C) break;
         const int j = kx + kLeadPixels - R;
         float sum = 0.f;
 #pragma unroll
         for (int n = 0; n < 8; ++n) sum += load_shared<float>(&shared.sums[row][j + n][n]);
         store_global(args.dweight + first * K * K + i, sum);
     }
-    if (args.dbias != nullptr && thread < kBlockChannels && channel0 + thread < args.C) {
+    if (args.dbias != nullptr && thread < kBlockChannels && start + thread < args.C) {
         float sum = 0.f;
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
@@ -301,7 +321,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector>)
 }
 
 template <class Element, int K, bool kGeluNorm, bool kVector>
-void launch_depthwise_wgrad(const char* name, const DepthwiseWgradArgs& args, void* stream) {
+void launch_depthwise_wgrad(const char* name, DepthwiseWgradArgs args, void* stream) {
+    args.bottom = bottom_images(args.canvas);
+    args.row_bytes = 2 * static_cast<std::uint32_t>(args.C);
     run({.kernel = name,
          .grid = dim3(static_cast<unsigned>(args.groups) * args.channel_blocks),
          .block = dim3(kThreads),

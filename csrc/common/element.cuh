@@ -49,6 +49,7 @@ __device__ __forceinline__ std::uint32_t join_high(std::uint32_t a, std::uint32_
 
 struct BFloat16 {
     using Storage = std::uint16_t;
+    static constexpr std::uint32_t kOnes = 0x3f803f80u;  // a pair
     __device__ __forceinline__ static float widen_one(Storage bits) { return low(bits); }
     __device__ __forceinline__ static Storage round_one(float value) {
         return static_cast<Storage>(pack(value, 0.f));
@@ -67,6 +68,15 @@ struct BFloat16 {
         return round(low) | round(high) << 16;
 #endif
     }
+    __device__ __forceinline__ static std::uint32_t add(std::uint32_t a, std::uint32_t b) {
+#if defined(__CUDACC__)
+        const __nv_bfloat162 sum = __hadd2(*reinterpret_cast<const __nv_bfloat162*>(&a),
+                                           *reinterpret_cast<const __nv_bfloat162*>(&b));
+        return *reinterpret_cast<const std::uint32_t*>(&sum);
+#else
+        return pack(low(a) + low(b), high(a) + high(b));
+#endif
+    }
 
 #if !defined(__CUDACC__)
     static std::uint32_t round(float value) {
@@ -80,6 +90,7 @@ struct BFloat16 {
 
 struct Float16 {
     using Storage = std::uint16_t;
+    static constexpr std::uint32_t kOnes = 0x3c003c00u;  // a pair
     __device__ __forceinline__ static float widen_one(Storage bits) { return low(bits); }
     __device__ __forceinline__ static Storage round_one(float value) {
         return static_cast<Storage>(pack(value, 0.f));
@@ -104,6 +115,15 @@ struct Float16 {
         return *reinterpret_cast<const std::uint32_t*>(&pair);
 #else
         return round(low) | round(high) << 16;
+#endif
+    }
+    __device__ __forceinline__ static std::uint32_t add(std::uint32_t a, std::uint32_t b) {
+#if defined(__CUDACC__)
+        const __half2 sum =
+            __hadd2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
+        return *reinterpret_cast<const std::uint32_t*>(&sum);
+#else
+        return pack(low(a) + low(b), high(a) + high(b));
 #endif
     }
 

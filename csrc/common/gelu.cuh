@@ -1,11 +1,15 @@
-// GELU(x) = x Φ(x) and its derivative Φ(x) + x φ(x), for 16-bit activations, with one (two)
-// special-function calls and no branch.
+// GELU(x) = x Φ(x) and its derivative Φ(x) + x φ(x), for 16-bit activations: with one special
+// function for the first, two for the second, and no branch. The upper tail is Q(t) = 1 − Φ(t).
 //
-// The upper tail Q(t) = 1 − Φ(t) = 2^p(t), t = |x|, with p the polynomial of degree 7 that fits
-// log2 Q on [0, 6] with a relative error of Q below 7e-6 in float (fp16 rounds by 4.9e-4, bf16 by
-// 3.9e-3). Beyond 6, where Q < 1e-9, p keeps falling and 2^p underflows to 0.
-//     GELU(x)  = max(x, 0) − |x| Q(|x|)
-//     GELU'(x) = Φ(x) + x φ(x),   Φ(x) = x < 0 ? Q : 1 − Q,   φ(x) = 2^(−x²/(2 ln 2)) / √(2π)
+//     GELU(x)  = max(x, 0) − t Q(t),   t = |x|,   Q(t) = 2^q(t)
+//     GELU'(x) = x < 0 ? S(t) : 1 − S(t),   S(t) = Q(t) − t φ(t) = φ(t) (Q/φ − t)
+//
+// q is a polynomial that fits log2 Q on [0, 6]; beyond, where Q < 1e-9, it keeps falling and 2^q
+// underflows to 0. Q/φ = s m(s) with s = 1 / (1 + k t). The degrees (common/fit_gelu.py) follow
+// from the type's rounding: the relative error of Q and that of S's second factor are
+//                    rounds by   Q         S
+//     bf16           3.9e-3      3.7e-4    2.5e-4
+//     fp16           4.9e-4      7e-6      4.1e-5   (in float)
 // NaN stays NaN. GELU(+∞) is NaN (eager: +∞), GELU(−∞) is NaN as in eager.
 #pragma once
 
@@ -29,29 +33,69 @@ __device__ __forceinline__ float exp2_fast(float x) {
 #endif
 }
 
-__device__ __forceinline__ float normal_tail(float t) {
-    float p = -1.8348179e-06f;
-    p = fmaf(p, t, 6.1598425e-05f);
-    p = fmaf(p, t, -9.3052589e-04f);
-    p = fmaf(p, t, 8.5078953e-03f);
-    p = fmaf(p, t, -5.3960077e-02f);
-    p = fmaf(p, t, -4.5846438e-01f);
-    p = fmaf(p, t, -1.1512511e+00f);
-    p = fmaf(p, t, -9.9999529e-01f);
-    return exp2_fast(p);
+__device__ __forceinline__ float reciprocal_fast(float x) {
+#if defined(__CUDACC__)
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return 1.f / x;
+#endif
 }
 
+// Coefficients: that of the highest power first.
+template <class... Rest>
+__device__ __forceinline__ float polynomial(float x, float p, Rest... rest) {
+    ((p = fmaf(p, x, rest)), ...);
+    return p;
+}
+
+template <class Element>
+struct GeluFit;
+
+template <>
+struct GeluFit<BFloat16> {
+    __device__ __forceinline__ static float log2_tail(float t) {
+        return polynomial(t, -2.016842542e-04f, 4.467603315e-03f, -4.283271579e-02f,
+                          -4.727857317e-01f, -1.144399652e+00f, -1.000531820e+00f);
+    }
+    static constexpr float k = 0.35f;
+    __device__ __forceinline__ static float m(float s) {
+        return polynomial(s, 7.519708575e-01f, 1.120498347e-01f, 3.896032417e-01f);
+    }
+};
+
+template <>
+struct GeluFit<Float16> {
+    __device__ __forceinline__ static float log2_tail(float t) {
+        return polynomial(t, -1.835873432e-06f, 6.161977670e-05f, -9.306938850e-04f,
+                          8.508539128e-03f, -5.396129923e-02f, -4.584633934e-01f, -1.151251205e+00f,
+                          -9.999953431e-01f);
+    }
+    static constexpr float k = 0.45f;
+    __device__ __forceinline__ static float m(float s) {
+        return polynomial(s, -2.971449882e-01f, 7.753762379e-01f, 3.082437448e-01f,
+                          4.668544699e-01f);
+    }
+};
+
+template <class Element>
 __device__ __forceinline__ float gelu_fast(float x) {
     const float t = fabsf(x);
-    return fmaf(-t, normal_tail(t), fmaxf(x, 0.f));
+    const float tail = exp2_fast(GeluFit<Element>::log2_tail(t));
+    return fmaf(-t, tail, fmaxf(x, 0.f));
 }
 
+template <class Element>
 __device__ __forceinline__ float gelu_slope_fast(float x) {
+    using Fit = GeluFit<Element>;
     constexpr float kMinusHalfLog2E = -0.72134752f;
     constexpr float kLog2InvSqrt2Pi = -1.32574807f;
-    const float tail = normal_tail(fabsf(x));
+    const float t = fabsf(x);
     const float density = exp2_fast(fmaf(x * kMinusHalfLog2E, x, kLog2InvSqrt2Pi));
-    return fmaf(x, density, x < 0.f ? tail : 1.f - tail);
+    const float s = reciprocal_fast(fmaf(t, Fit::k, 1.f));
+    const float slope = density * fmaf(s, Fit::m(s), -t);
+    return x < 0.f ? slope : 1.f - slope;
 }
 
 // The exact form of common/math.h in float, for float32 activations.
@@ -74,15 +118,7 @@ struct ScalarOps {
 #endif
     }
     CONVNEST_INLINE F square_rest(F a, F square) { return fmaf(a, a, -square); }
-    CONVNEST_INLINE F reciprocal(F x) {
-#if defined(__CUDA_ARCH__)
-        float y;
-        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-        return y;
-#else
-        return 1.f / x;
-#endif
-    }
+    CONVNEST_INLINE F reciprocal(F x) { return reciprocal_fast(x); }
     CONVNEST_INLINE F if_negative(F x, F a, F b) { return x < 0.f ? a : b; }
     CONVNEST_INLINE F scaled(F r, F m) {
 #if defined(__CUDA_ARCH__)
@@ -105,7 +141,7 @@ __device__ __forceinline__ float gelu_of(float x) {
     if constexpr (std::is_same_v<Element, Float32>) {
         return gelu<ScalarOps>(x);
     } else {
-        return gelu_fast(x);
+        return gelu_fast<Element>(x);
     }
 }
 
@@ -114,7 +150,7 @@ __device__ __forceinline__ float gelu_slope_of(float x) {
     if constexpr (std::is_same_v<Element, Float32>) {
         return gelu_and_grad<ScalarOps>(x).grad;
     } else {
-        return gelu_slope_fast(x);
+        return gelu_slope_fast<Element>(x);
     }
 }
 

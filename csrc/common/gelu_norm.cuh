@@ -66,8 +66,8 @@ __device__ __forceinline__ void gelu_norm_pair(const Octet (&raw)[4], int k, con
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int pixel = 2 * j + i;
-            const float g_low = gelu_fast(Element::low(raw[pixel].pair[k]));
-            const float g_high = gelu_fast(Element::high(raw[pixel].pair[k]));
+            const float g_low = gelu_fast<Element>(Element::low(raw[pixel].pair[k]));
+            const float g_high = gelu_fast<Element>(Element::high(raw[pixel].pair[k]));
             const float scale = norm.scale[pixel], shift = norm.shift[pixel];
             g[pixel] = Element::pack(g_low, g_high);
             z_low[i] = fmaf(fmaf(g_low, scale, shift), gamma.x, beta.x);

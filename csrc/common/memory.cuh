@@ -89,19 +89,24 @@ __device__ __forceinline__ int recompute_from(int value) {
 }
 
 // 16 bytes, or a float, from global to shared memory, seen by this thread after async_copy_wait(),
-// and by the others after a barrier behind that.
-__device__ __forceinline__ void async_copy16(void* shared, const void* global) {
+// and by the others after a barrier behind that. Zeros unless `present`, and the address is not
+// read then.
+__device__ __forceinline__ void async_copy16(void* shared, const void* global,
+                                             bool present = true) {
 #if defined(__CUDACC__)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                     static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-                 "l"(global)
-                 : "memory");
+    asm volatile(
+        "{\n\t"
+        ".reg .pred absent;\n\t"
+        "setp.eq.u32 absent, %2, 0;\n\t"
+        "cp.async.cg.shared.global [%0], [%1], 16, absent;\n\t"
+        "}" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+        "l"(global), "r"(static_cast<unsigned>(present))
+        : "memory");
 #else
-    emulation::async_copy16(shared, global);
+    emulation::async_copy16(shared, global, present);
 #endif
 }
 
-// Zero if not `present`; the address is not read then.
 __device__ __forceinline__ void async_copy_float(float* shared, const float* global, bool present) {
 #if defined(__CUDACC__)
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(
@@ -110,6 +115,21 @@ __device__ __forceinline__ void async_copy_float(float* shared, const float* glo
                  : "memory");
 #else
     emulation::async_copy_float(shared, global, present);
+#endif
+}
+
+// Asks for the 32 bytes around `address` to come to L2, if `present`: no register waits for them.
+__device__ __forceinline__ void prefetch_global(const void* address, bool present) {
+#if defined(__CUDACC__)
+    asm volatile(
+        "{\n\t"
+        ".reg .pred present;\n\t"
+        "setp.ne.u32 present, %1, 0;\n\t"
+        "@present prefetch.global.L2 [%0];\n\t"
+        "}" ::"l"(address),
+        "r"(static_cast<unsigned>(present)));
+#else
+    if (present) emulation::check_global_read(address, 16);
 #endif
 }
 

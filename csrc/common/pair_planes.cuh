@@ -61,8 +61,8 @@ struct PairMasks {
 
     template <class Element>
     __device__ __forceinline__ void store(const PairRole& role, std::uint32_t mask) {
-        const std::uint32_t one = Element::pack(1.f, 1.f);
-        store_shared(rows[role.row][role.half] + role.pair * 4 + role.half * 8, one & mask);
+        store_shared(rows[role.row][role.half] + role.pair * 4 + role.half * 8,
+                     Element::kOnes & mask);
     }
     __device__ __forceinline__ const unsigned char* tiles(int row, int lane) const {
         return rows[row][lane >> 4] + ((lane & 7) + (lane >> 3 & 1) * 8 + (lane >> 4)) * 16;
@@ -75,11 +75,7 @@ struct PairStaging {
 
     __device__ __forceinline__ void fetch(int thread, int i, const std::uint16_t* address,
                                           bool exists) {
-        if (exists) async_copy16(&pixels[i][thread], address);
-    }
-    __device__ __forceinline__ void clear(int thread) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) store_shared(&pixels[i][thread], make_uint4(0, 0, 0, 0));
+        async_copy16(&pixels[i][thread], address, exists);
     }
     __device__ __forceinline__ Octet take(int thread, int i) const {
         const auto v = load_shared<uint4>(&pixels[i][thread]);

@@ -46,6 +46,12 @@ __device__ __forceinline__ constexpr int plane_of(int channel) {
     return (channel & 7) * 2 + (channel >> 3);
 }
 
+// The plane of channel `c` of a warp: its first channel is even, so that they are neighbours.
+__device__ __forceinline__ int warp_plane(int warp, int c) {
+    static_assert(kWarpChannels == 2);
+    return plane_of(warp * kWarpChannels) + 2 * c;
+}
+
 // What a thread fills and drains.
 struct Role {
     int half, quad, row;
@@ -65,11 +71,11 @@ __device__ __forceinline__ void clear_zero_blocks(Planes& planes, int thread) {
     }
 }
 
-// Where lane's ldmatrix row address starts in `channel`'s plane: matrices 0 and 1 are tiles 0–7 and
+// Where lane's ldmatrix row address starts in a plane: matrices 0 and 1 are tiles 0–7 and
 // 8–15 of window columns 0–7, matrices 2 and 3 the same tiles of columns 8–15 (the next block).
-__device__ __forceinline__ int window_address(int channel, int lane) {
+__device__ __forceinline__ int window_address(int plane, int lane) {
     const int tile = (lane & 7) + (lane >> 3 & 1) * 8;
-    return plane_of(channel) * kPlaneBytes + (tile + (lane >> 4)) * 16;
+    return plane * kPlaneBytes + (tile + (lane >> 4)) * 16;
 }
 
 // Reads 8 channels of a pixel; channels past `channels` are zero. kVector: 16-byte aligned, and all
@@ -141,13 +147,19 @@ __device__ __forceinline__ void split_pair(const Octet (&octets)[4], int k, uint
                       join_high(octets[2].pair[k], octets[3].pair[k]));
 }
 
-// A row in a gap: zeros, and no arithmetic. The rows of a warp's threads are the same.
-__device__ __forceinline__ void clear_quad(const Role& role, Planes& planes) {
+// All 8 channels of the quad to planes.
+__device__ __forceinline__ void store_quad(const Octet (&octets)[4], const Role& role,
+                                           Planes& planes) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) store_shared(planes.bytes + role.cell(i), make_uint2(0, 0));
+    for (int k = 0; k < 4; ++k) {
+        uint2 low, high;
+        split_pair(octets, k, low, high);
+        store_shared(planes.bytes + role.cell(2 * k), low);
+        store_shared(planes.bytes + role.cell(2 * k + 1), high);
+    }
 }
 
-// All 8 channels of the quad to planes, zero where no pixel is `present`.
+// The same, zero where no pixel is `present`.
 __device__ __forceinline__ void store_quad(const Octet (&octets)[4], unsigned present,
                                            const Role& role, Planes& planes) {
     const std::uint32_t left = pixel_mask(present, 0), right = pixel_mask(present, 1);
@@ -159,6 +171,12 @@ __device__ __forceinline__ void store_quad(const Octet (&octets)[4], unsigned pr
         store_shared(planes.bytes + role.cell(2 * k), low);
         store_shared(planes.bytes + role.cell(2 * k + 1), high);
     }
+}
+
+// A row in a gap: zeros, and no arithmetic. The rows of a warp's threads are the same.
+__device__ __forceinline__ void clear_quad(const Role& role, Planes& planes) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) store_shared(planes.bytes + role.cell(i), make_uint2(0, 0));
 }
 
 __device__ __forceinline__ void join_pair(uint2 low, uint2 high, int k, Octet (&octets)[4]) {
@@ -182,23 +200,17 @@ __device__ __forceinline__ T* at_pixel(T* tensor, std::uint32_t pixel, std::uint
 struct Staging {
     uint4 pixels[4][kThreads];
 
-    // Nothing is read for a pixel that does not exist; take() then gives anything.
+    // Zeros for a pixel that does not exist; nothing is read then.
     template <bool kVector>
     __device__ __forceinline__ void fetch(int thread, int i, const std::uint16_t* address,
                                           int channels, bool exists) {
-        if (!exists) return;
         if constexpr (kVector) {
-            async_copy16(&pixels[i][thread], address);
+            async_copy16(&pixels[i][thread], address, exists);
         } else {
-            const Octet octet = load_octet<false>(address, channels);
+            const Octet octet = load_octet<false>(address, exists ? channels : 0);
             store_shared(&pixels[i][thread],
                          make_uint4(octet.pair[0], octet.pair[1], octet.pair[2], octet.pair[3]));
         }
-    }
-
-    __device__ __forceinline__ void clear(int thread) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) store_shared(&pixels[i][thread], make_uint4(0, 0, 0, 0));
     }
 
     __device__ __forceinline__ void take(Octet (&octets)[4], int thread) const {

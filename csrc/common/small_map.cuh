@@ -245,8 +245,8 @@ __device__ __forceinline__ void gelu_norm_row(MapRow<kSide>& h, const MapNorm<kS
         float z_low[kMapSide] = {}, z_high[kMapSide] = {};
 #pragma unroll
         for (int x = 0; x < kSide; ++x) {
-            const float g_low = gelu_fast(Element::low(h[x].pair[k]));
-            const float g_high = gelu_fast(Element::high(h[x].pair[k]));
+            const float g_low = gelu_fast<Element>(Element::low(h[x].pair[k]));
+            const float g_high = gelu_fast<Element>(Element::high(h[x].pair[k]));
             h[x].pair[k] = Element::pack(g_low, g_high);
             if (x < width) {
                 z_low[x] = fmaf(fmaf(g_low, norm.scale[x], norm.shift[x]), gamma.x, beta.x);

@@ -221,7 +221,9 @@ inline void async_copy(void* shared, const void* global, std::size_t bytes, bool
     machine.current->async_open.push_back(copy);
 }
 
-inline void async_copy16(void* shared, const void* global) { async_copy(shared, global, 16, true); }
+inline void async_copy16(void* shared, const void* global, bool present) {
+    async_copy(shared, global, 16, present);
+}
 
 inline void async_copy_float(float* shared, const float* global, bool present) {
     async_copy(shared, global, sizeof(float), present);

@@ -19,6 +19,14 @@ using convnest::cuda::ElementType;
 // In the order of emulation.TYPES.
 ElementType element_type(int type) { return static_cast<ElementType>(type); }
 
+template <class Element>
+void gelu_of_bits(const std::uint16_t* x, int count, float* gelu, float* slope) {
+    for (int i = 0; i < count; ++i) {
+        gelu[i] = convnest::cuda::gelu_of<Element>(Element::widen_one(x[i]));
+        slope[i] = convnest::cuda::gelu_slope_of<Element>(Element::widen_one(x[i]));
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -62,6 +70,13 @@ int small_map_groups(int N, int C) { return convnest::cuda::small_map_groups(N, 
 void fma_tiles(int N, int H, int W, int most_strips, int wanted, int* found) {
     const auto t = convnest::cuda::plan_fma_tiles(N, H, W, most_strips, wanted);
     found[0] = t.per_image, found[1] = t.beside, found[2] = t.items, found[3] = t.part_rows;
+}
+
+// GELU and its derivative of 16-bit numbers, before they are rounded to that type.
+void gelu(const std::uint16_t* x, int count, int type, float* gelu, float* slope) {
+    const bool bf16 = element_type(type) == ElementType::bfloat16;
+    (bf16 ? gelu_of_bits<convnest::cuda::BFloat16>
+          : gelu_of_bits<convnest::cuda::Float16>)(x, count, gelu, slope);
 }
 
 // Outputs as a fraction of the pixels that the items march over, 128 to a row, in stages.

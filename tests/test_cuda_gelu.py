@@ -1,0 +1,63 @@
+"""GELU and its derivative of the CUDA kernels, at every number of bfloat16 and float16."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import emulation
+from tests.tolerances import GELU_TAIL_ERROR
+
+pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=str(emulation.missing()))
+
+# Of Q/φ − x in the derivative (csrc/common/gelu.cuh), relative to it or to 0.1
+SLOPE_ERROR = {torch.bfloat16: 2.5e-4, torch.float16: 4.1e-5}
+# Roundings of float, in the exponent of 2 (up to 130) above all
+FLOAT = 2e-5
+# Up to here the fits hold; beyond, what they give is this small.
+LARGEST, NOTHING = 6.0, 1e-8
+
+
+def of_every_number(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """All x but NaN and infinities, GELU(x) and GELU'(x)."""
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16)
+    gelu, slope = torch.empty(1 << 16), torch.empty(1 << 16)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (bits, gelu, slope)]
+    emulation.library().gelu(
+        pointers[0], 1 << 16, emulation.TYPES.index(dtype), pointers[1], pointers[2]
+    )
+    x = bits.view(dtype).double()
+    kept = x.isfinite()
+    assert gelu[x.isnan()].isnan().all() and slope[x.isnan()].isnan().all()
+    return x[kept], gelu[kept].double(), slope[kept].double()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gelu(dtype):
+    x, gelu, _ = of_every_number(dtype)
+    magnitude = x.abs()
+    tail = magnitude * torch.special.erfc(magnitude / math.sqrt(2)) / 2
+    error = (gelu - (x.clamp(min=0) - tail)).abs()
+    held = magnitude <= LARGEST
+    rounding = torch.finfo(torch.float32).eps * magnitude
+    assert (error <= GELU_TAIL_ERROR[dtype] * 1.01 * tail + rounding)[held].all()
+    assert (error <= NOTHING + rounding)[~held].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_derivative_of_gelu(dtype):
+    x, _, slope = of_every_number(dtype)
+    magnitude = x.abs()
+    density = torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    tail = torch.special.erfc(magnitude / math.sqrt(2)) / 2
+    below = tail - magnitude * density  # GELU' of −|x|
+    truth = torch.where(x < 0, below, 1 - below)
+    factor = (below / density.clamp(min=1e-300)).abs()
+    factor = torch.where(magnitude < 13, factor, magnitude)
+    allowed = (SLOPE_ERROR[dtype] * 1.01 + FLOAT) * density * factor.clamp(min=0.1)
+    assert ((slope - truth).abs() <= allowed + torch.finfo(torch.float32).eps)[x >= 0].all()
+    assert ((slope - truth).abs() <= allowed + 1e-37)[x < 0].all()
