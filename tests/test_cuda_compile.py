@@ -113,7 +113,7 @@ def compiled(target):
 
 
 def test_no_spills_and_registers_within_budget(target, compiled):
-    # There shared memory has room for one block of the canvas' kernels, which may take them all.
+    # There shared memory has room for one block of most kernels, which may take them all.
     one_block = target[1] == "sm_120"
     for kernel in compiled:
         name, parameters = parse(kernel)
@@ -130,7 +130,7 @@ def test_no_spills_and_registers_within_budget(target, compiled):
             budget = FMA_REGISTERS.get(int(parameters[1]), budget)
         if name == "depthwise_small_kernel" and parameters[3] == "(MapSource)0":
             budget = 80
-        if name == "depthwise_small_bwd_kernel" and int(parameters[1]) > 7:
+        if name == "depthwise_small_bwd_kernel" and (one_block or int(parameters[1]) > 7):
             budget = 255
         assert kernel.registers <= budget, kernel.name
 
