@@ -1,7 +1,8 @@
 """What a run takes: cells in order, their peers, seconds of timing, and how long it may last.
 
-`full` is the set whose results are committed, what matters most first: time may run out. A peer
-that it leaves out of a cell is in that cell's record as skipped, with the reason given here.
+`full` is the set whose results are committed, what matters most first: time may run out. A folder
+may have other cells too; its page names the commands. A peer that `full` leaves out of a cell is in
+that cell's record as skipped, with the reason given here.
 """
 
 from __future__ import annotations

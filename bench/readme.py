@@ -127,25 +127,35 @@ def _in_a_line(folder: Folder, all_folders: list[Folder]) -> str:
         f"- [{folder.machine}{folder.threads}]({folder.where}/README.md), {folder.torch}, "
         f"{len(folder.pairs)} cells: {_against_peers(folder)}"
     )
+    # Of one day: a cell taken anew since then is of other kernels.
     single = {
-        cell: record["contenders"][report.ours(record)]["median"]
+        (cell, _day(record)): record["contenders"][report.ours(record)]["median"]
         for other in all_folders
         if other.machine == folder.machine
         for cell, record in other.pairs
         if cell.threads == 1
     }
+    ones = [
+        (record, (dataclasses.replace(cell, threads=1), _day(record)))
+        for cell, record in folder.pairs
+        if cell.threads > 1
+    ]
     gains = [
         single[one] / record["contenders"][report.ours(record)]["median"]
-        for cell, record in folder.pairs
-        if cell.threads > 1 and (one := dataclasses.replace(cell, threads=1)) in single
+        for record, one in ones
+        if one in single
     ]
     if gains:
         text += (
-            f"; {statistics.geometric_mean(gains):.2f} times as fast as with one thread "
-            f"({min(gains):.2f} to {max(gains):.2f}, {len(gains)} cells)"
+            f"; {statistics.geometric_mean(gains):.2f} times as fast as with one thread on the "
+            f"same day ({min(gains):.2f} to {max(gains):.2f}, {len(gains)} cells)"
         )
     lost = [name for name, ratio, _ in _behind(folder.pairs) if ratio < LOSS]
     return text + "; we lose " + (f"{len(lost)}: {', '.join(lost)}." if lost else "none.")
+
+
+def _day(record: dict[str, Any]) -> str:
+    return record.get("taken", "").partition(" ")[0]
 
 
 def _against_peers(folder: Folder) -> str:

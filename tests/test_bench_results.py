@@ -176,13 +176,16 @@ def test_readme_shows_the_newest_machine(results: Any) -> None:
     results("old", *old, taken="1", processor="Old")
     new = [a_record(cell, cpu=1.0, eager_nhwc=2.0) for cell in (one, batch)]
     new = [a_record(cell, cpu=1.0, eager_nhwc=2.0) for cell in (one, batch)]
-    results("new-1t", *new, taken="2")
-    results("new-2t", a_record(two, cpu=0.5, eager_nhwc=1.5), taken="3")
+    results("new-1t", *new, taken="2 08:00")
+    results("new-2t", a_record(two, cpu=0.5, eager_nhwc=1.5), taken="2 09:00")
+    later = dataclasses.replace(batch, threads=2)
+    results("new-2t", a_record(later, cpu=0.1, eager_nhwc=0.3), taken="3 08:00")
     made = readme.section()
     assert made.count("One block of ConvNeSt-T") == 1
     assert made.index("**P (F)**, 1 thread") < made.index("Other results:")
-    assert "- [P (F), 2 threads](bench/results/new-2t/README.md), torch T, 1 cells: 3.00" in made
-    assert "2.00 times as fast as with one thread (2.00 to 2.00, 1 cells); we lose none." in made
+    assert "- [P (F), 2 threads](bench/results/new-2t/README.md), torch T, 2 cells: 3.00" in made
+    same_day = "2.00 times as fast as with one thread on the same day (2.00 to 2.00, 1 cells)"
+    assert f"{same_day}; we lose none." in made
     assert "- [Old (F), 1 thread](bench/results/old/README.md)" in made
     assert (
         "we lose 1: block (stage 1, infer, float32, batch 1): 0.50 times eager-nhwc's speed."
