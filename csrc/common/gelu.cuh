@@ -33,8 +33,8 @@ __device__ __forceinline__ float exp2_fast(float x) {
 #endif
 }
 
-__device__ __forceinline__ float reciprocal_fast(float x) {
-#if defined(__CUDACC__)
+CONVNEST_INLINE float reciprocal_fast(float x) {
+#if defined(__CUDA_ARCH__)
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
