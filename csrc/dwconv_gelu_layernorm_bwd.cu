@@ -135,15 +135,7 @@ void launch_dwconv_gelu_layernorm_bwd(const Params& p, int kernel_size, ElementT
     const Backward backward(p, kernel_size, type, stream);
     const bool vector = backward.takes_vectors();
     const bool small = vector && may_be_small(p.N, p.H, p.W, kernel_size, type);
-    with_way(
-        type, kernel_size, small,
-        [&](auto element) { backward.launch_small_map<decltype(element)>(); },
-        [&](auto element, auto K) {
-            with_vector(vector, [&](auto is_vector) {
-                backward.launch<decltype(element), K(), is_vector()>();
-            });
-        },
-        [&](auto element) { backward.launch_fma<decltype(element)>(vector); });
+    launch_backward(backward, small, vector);
 }
 
 }  // namespace convnest::cuda

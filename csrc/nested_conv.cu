@@ -117,14 +117,12 @@ void launch_nested_conv_fwd(const NestedConvFwdParams& params, int kernel_size, 
     const bool vector = takes_vectors(params);
     const bool small = vector && takes_small_map(params.N, params.H, params.W, kernel_size);
     with_way(
-        type, kernel_size, small,
+        type, kernel_size, small, vector,
         [&](auto element) {
             launch_small_fwd<decltype(element)>(params, kernel_size, type, stream);
         },
-        [&](auto element, auto K) {
-            with_vector(vector, [&](auto is_vector) {
-                launch_fwd<decltype(element), K(), is_vector()>(params, stream);
-            });
+        [&](auto element, auto K, auto is_vector) {
+            launch_fwd<decltype(element), K(), is_vector()>(params, stream);
         },
         [&](auto element) {
             launch_fma_fwd<decltype(element)>(params, kernel_size, type, stream);

@@ -137,15 +137,7 @@ void launch_nested_conv_bwd(const NestedConvBwdParams& p, int kernel_size, Eleme
     }
     const Backward backward(p, kernel_size, type, stream);
     const bool vector = takes_vectors(p), small = takes_small_map(p, kernel_size, type);
-    with_way(
-        type, kernel_size, small,
-        [&](auto element) { backward.launch_small_map<decltype(element)>(); },
-        [&](auto element, auto K) {
-            with_vector(vector, [&](auto is_vector) {
-                backward.launch<decltype(element), K(), is_vector()>();
-            });
-        },
-        [&](auto element) { backward.launch_fma<decltype(element)>(vector); });
+    launch_backward(backward, small, vector);
 }
 
 }  // namespace convnest::cuda

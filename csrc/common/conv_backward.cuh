@@ -201,4 +201,16 @@ struct ConvBackward {
     }
 };
 
+// A stem's backward (a ConvBackward with a launch for each way), the way that its call goes.
+template <class Backward>
+void launch_backward(const Backward& backward, bool small, bool vector) {
+    with_way(
+        backward.type, backward.kernel_size, small, vector,
+        [&](auto element) { backward.template launch_small_map<decltype(element)>(); },
+        [&](auto element, auto K, auto is_vector) {
+            backward.template launch<decltype(element), K(), is_vector()>();
+        },
+        [&](auto element) { backward.template launch_fma<decltype(element)>(vector); });
+}
+
 }  // namespace convnest::cuda

@@ -42,16 +42,18 @@ void with_band_size(int kernel_size, const Function& f) {
 }
 
 // The way that a convolution goes: small(Element{}) where the image is the tile, 16 bits alone;
-// band(Element{}, K) on the tensor cores; else fma(Element{}).
+// band(Element{}, K, std::bool_constant<is_vector>) on the tensor cores; else fma(Element{}).
 template <class Small, class Band, class Fma>
-void with_way(ElementType type, int kernel_size, bool is_small, const Small& small,
+void with_way(ElementType type, int kernel_size, bool is_small, bool is_vector, const Small& small,
               const Band& band, const Fma& fma) {
     if (type == ElementType::float32) return fma(Float32{});
     with_half(type, [&](auto element) {
         if (is_small) {
             small(element);
         } else if (on_tensor_cores(kernel_size, type)) {
-            with_band_size(kernel_size, [&](auto K) { band(element, K); });
+            with_band_size(kernel_size, [&](auto K) {
+                with_vector(is_vector, [&](auto vector) { band(element, K, vector); });
+            });
         } else {
             fma(element);
         }

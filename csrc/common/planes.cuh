@@ -159,20 +159,6 @@ __device__ __forceinline__ void store_quad(const Octet (&octets)[4], const Role&
     }
 }
 
-// The same, zero where no pixel is `present`.
-__device__ __forceinline__ void store_quad(const Octet (&octets)[4], unsigned present,
-                                           const Role& role, Planes& planes) {
-    const std::uint32_t left = pixel_mask(present, 0), right = pixel_mask(present, 1);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        uint2 low, high;
-        split_pair(octets, k, low, high);
-        low.x &= left, low.y &= right, high.x &= left, high.y &= right;
-        store_shared(planes.bytes + role.cell(2 * k), low);
-        store_shared(planes.bytes + role.cell(2 * k + 1), high);
-    }
-}
-
 // A row in a gap: zeros, and no arithmetic. The rows of a warp's threads are the same.
 __device__ __forceinline__ void clear_quad(const Role& role, Planes& planes) {
 #pragma unroll
