@@ -1,5 +1,5 @@
 // What the backwards of the convolution operators share: the cut of the weight gradient, the
-// workspace, and the sums at the end.
+// workspace, the sums at the end, and the launch.
 #pragma once
 
 #include "common/convolution_limits.h"
