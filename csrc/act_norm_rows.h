@@ -14,6 +14,7 @@
 // that leaves (norm_rows).
 #pragma once
 
+#include "common/gelu.h"
 #include "common/layernorm.h"
 #include "common/parallel.h"
 #include "common/parameters.h"

@@ -17,6 +17,7 @@
 
 #include <cstdint>
 
+#include "common/gelu.h"
 #include "common/layernorm.h"
 #include "common/parameters.h"
 #include "depthwise_row.h"

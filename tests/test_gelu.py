@@ -1,4 +1,4 @@
-"""GELU and its derivative in the native core against float64, with the bounds of math.h."""
+"""GELU and its derivative in the native core against float64, with the bounds of gelu.h."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def isa(request):
 
 
 EPS = 2.0**-23
-# What math.h states: of GELU relative to it, of GELU' relative to Phi(x) + |x| phi(x).
+# What gelu.h states: of GELU relative to it, of GELU' relative to Phi(x) + |x| phi(x).
 GELU_BOUNDS = {
-    "float32": (6 * EPS, 6.2 * EPS),
+    "float32": (2 * EPS, 2.3 * EPS),
     "bfloat16": (3e-5, 1.5e-4),
     "float16": (3e-5, 1.5e-4),
 }
@@ -57,7 +57,7 @@ class TestGelu:
         assert (error[relative] <= GELU_BOUNDS[dtype][0] * np.abs(exact[relative])).all()
         assert (error[~relative] <= 1e-22).all()
         if dtype == "float32":
-            assert (error <= 1.5 * EPS * np.maximum(1, np.abs(x))).all()
+            assert (error <= 0.8 * EPS * np.maximum(1, np.abs(x))).all()
 
     def test_grad(self, isa, dtype):
         u, given = self.inputs(dtype)
@@ -76,7 +76,7 @@ class TestGelu:
         assert (error[relative] <= GELU_BOUNDS[dtype][1] * scale[relative]).all()
         assert (error[~relative] <= 1e-21).all()
         if dtype == "float32":
-            assert error.max() <= 3.2 * EPS
+            assert error.max() <= 1.3 * EPS
 
     def test_limits(self, isa, dtype):
         given = encode(np.array([np.inf, -np.inf, np.nan, -60000, 60000]), dtype)

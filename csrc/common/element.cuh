@@ -23,6 +23,16 @@ __device__ __forceinline__ float bits_to_float(std::uint32_t bits) {
 #endif
 }
 
+__device__ __forceinline__ std::uint32_t float_to_bits(float value) {
+#if defined(__CUDACC__)
+    return __float_as_uint(value);
+#else
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+#endif
+}
+
 // Bytes of {b, a} picked by the selector's nibbles: __byte_perm, PRMT.
 __device__ __forceinline__ std::uint32_t permute_bytes(std::uint32_t a, std::uint32_t b,
                                                        std::uint32_t selector) {

@@ -16,10 +16,8 @@
 #include <type_traits>
 
 #include "common/element.cuh"
-#include "common/math.h"
 
 #include <cmath>
-#include <cstring>
 
 namespace convnest::cuda {
 
@@ -33,14 +31,20 @@ __device__ __forceinline__ float exp2_fast(float x) {
 #endif
 }
 
-CONVNEST_INLINE float reciprocal_fast(float x) {
-#if defined(__CUDA_ARCH__)
+__device__ __forceinline__ float reciprocal_fast(float x) {
+#if defined(__CUDACC__)
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 #else
     return 1.f / x;
 #endif
+}
+
+// r 2^n, where n is the signed number in the low bits of m; 0 below the normal numbers.
+__device__ __forceinline__ float scaled(float r, float m) {
+    const auto bits = static_cast<std::int32_t>(float_to_bits(r) + (float_to_bits(m) << 23));
+    return bits_to_float(bits > 0 ? bits : 0);
 }
 
 // Coefficients: that of the highest power first.
@@ -98,48 +102,50 @@ __device__ __forceinline__ float gelu_slope_fast(float x) {
     return x < 0.f ? slope : 1.f - slope;
 }
 
-// The exact form of common/math.h in float, for float32 activations.
-struct ScalarOps {
-    using F = float;
-#if defined(__CUDA_ARCH__)
-    static constexpr bool kFused = true;
-#else
-    static constexpr bool kFused = false;
-#endif
-    CONVNEST_INLINE F magnitude(F x, float bound) {
-        const float a = fabsf(x);
-        return a < bound ? a : bound;
-    }
-    CONVNEST_INLINE F multiply_add(F a, F b, F c) {
-#if defined(__CUDA_ARCH__)
-        return fmaf(a, b, c);
-#else
-        return a * b + c;
-#endif
-    }
-    CONVNEST_INLINE F square_rest(F a, F square) { return fmaf(a, a, -square); }
-    CONVNEST_INLINE F reciprocal(F x) { return reciprocal_fast(x); }
-    CONVNEST_INLINE F if_negative(F x, F a, F b) { return x < 0.f ? a : b; }
-    CONVNEST_INLINE F scaled(F r, F m) {
-#if defined(__CUDA_ARCH__)
-        return __int_as_float(max(__float_as_int(r) + (__float_as_int(m) << 23), 0));
-#else
-        std::uint32_t bits, shift;
-        std::memcpy(&bits, &r, sizeof bits);
-        std::memcpy(&shift, &m, sizeof shift);
-        bits += shift << 23;
-        if (bits >> 31) bits = 0;
-        std::memcpy(&r, &bits, sizeof bits);
-        return r;
-#endif
-    }
+struct NormalTail {
+    float tail;     // Φ(−|x|)
+    float density;  // exp(−x² / 2)
 };
+
+// For float32: Φ(−a) = E t P(t), E = exp(−a² / 2), t = 1 / (1 + k a), a = |x|. What a² loses in
+// rounding is added back to the exponent. The relative error is below 8e-7 for a <= 10, and beyond
+// 13.3 the tail is 0.
+__device__ __forceinline__ NormalTail normal_tail(float x) {
+    constexpr float kLargest = 13.4f, kSlope = 0.305f, kHalfLog2e = 0.72134752f;
+    constexpr float kTwoLn2 = 1.38629436f;
+    constexpr float kRoundMagic = 12582912.f;  // 1.5 · 2^23: leaves a rounded value in the low bits
+    const float a = fabsf(x) < kLargest ? fabsf(x) : kLargest;
+    const float square = a * a;
+    // E = 2^n exp(−f / 2), |f| <= ln 2
+    const float shifted = fmaf(-square, kHalfLog2e, kRoundMagic);
+    const float f = fmaf(shifted - kRoundMagic, kTwoLn2, square) + fmaf(a, a, -square);
+    const float r = polynomial(f, -2.594411860e-04f, 2.619874687e-03f, -2.083432471e-02f,
+                               1.249971861e-01f, -4.999998870e-01f, 1.000000068e+00f);
+    const float density = scaled(r, shifted);
+    const float t = reciprocal_fast(fmaf(a, kSlope, 1.f));
+    const float p =
+        polynomial(t, 3.694327658e-02f, -1.540143546e-01f, 1.875006993e-01f, -3.963380216e-02f,
+                   1.219067615e-01f, 1.031500031e-01f, 1.225106321e-01f, 1.216368507e-01f);
+    return {density * (t * p), density};
+}
+
+__device__ __forceinline__ float gelu_float(float x) {
+    const float tail = normal_tail(x).tail;
+    return x * (x < 0.f ? tail : 1.f - tail);
+}
+
+__device__ __forceinline__ float gelu_slope_float(float x) {
+    constexpr float kInvSqrt2Pi = 0.39894228f;
+    const NormalTail normal = normal_tail(x);
+    const float below = x < 0.f ? normal.tail : 1.f - normal.tail;
+    return fmaf(x, normal.density * kInvSqrt2Pi, below);
+}
 
 // GELU and its derivative, as exact as activations of this type can tell.
 template <class Element>
 __device__ __forceinline__ float gelu_of(float x) {
     if constexpr (std::is_same_v<Element, Float32>) {
-        return gelu<ScalarOps>(x);
+        return gelu_float(x);
     } else {
         return gelu_fast<Element>(x);
     }
@@ -148,7 +154,7 @@ __device__ __forceinline__ float gelu_of(float x) {
 template <class Element>
 __device__ __forceinline__ float gelu_slope_of(float x) {
     if constexpr (std::is_same_v<Element, Float32>) {
-        return gelu_and_grad<ScalarOps>(x).grad;
+        return gelu_slope_float(x);
     } else {
         return gelu_slope_fast<Element>(x);
     }

@@ -1,4 +1,4 @@
-// Functions that are shared by host and device, and must be inlined: see simd.h for why.
+// Functions that must be inlined: see simd.h for why.
 #pragma once
 
 // Nothing in builds that check addresses: in unrolled code that takes a compiler minutes.
@@ -6,8 +6,4 @@
 #define CONVNEST_ALWAYS_INLINE __attribute__((always_inline))
 #endif
 
-#if defined(__CUDACC__)
-#define CONVNEST_INLINE static __host__ __device__ __forceinline__
-#else
 #define CONVNEST_INLINE static inline CONVNEST_ALWAYS_INLINE
-#endif

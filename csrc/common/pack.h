@@ -1,4 +1,4 @@
-// Rows of channels, several vectors at a time, and GELU on them.
+// Rows of channels, several vectors at a time.
 //
 // A Pack is N vectors of consecutive channels, and every operation on it is done to all N before
 // the next one. That is what it is for: GELU is one long chain of dependent instructions, and a
@@ -6,7 +6,6 @@
 // (Measured on Zen 5: 3.4 ns per vector of 16 alone, 2.7 ns in packs of 4.)
 #pragma once
 
-#include "math.h"
 #include "simd.h"
 
 namespace convnest::CONVNEST_ISA {
@@ -149,7 +148,7 @@ CONVNEST_INLINE void over_channels(std::int64_t C, F&& f) {
 
 // In packs that leave registers for GELU with its derivative: that of float32 needs more of them.
 template <class T>
-constexpr int kGradPack = sizeof(T) == 4 ? (kPack + 1) / 2 : kPack;
+constexpr int kGradPack = sizeof(T) == 4 ? 2 : kPack;
 
 template <class A>
 struct ChannelSum {
@@ -165,126 +164,6 @@ struct ChannelSum {
         return lane_sum<A>(sum);
     }
 };
-
-// ---- GELU ----
-
-// 1 / x to about 1 ulp: an estimate of 14 (12) bits and a Newton step where there is one.
-CONVNEST_INLINE Floats reciprocal_estimate(Floats x) {
-#if CONVNEST_VECTOR_BYTES == 64
-    return (Floats)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
-#elif CONVNEST_VECTOR_BYTES == 32
-    return (Floats)_mm256_rcp_ps((__m256)x);
-#else
-    return 1.0f / x;
-#endif
-}
-
-// a a - square, exactly.
-CONVNEST_INLINE Floats rest_of(Floats a, Floats square) {
-#if CONVNEST_VECTOR_BYTES == 64
-    return (Floats)_mm512_maskz_fmsub_ps(0xffff, (__m512)a, (__m512)a, (__m512)square);
-#elif CONVNEST_VECTOR_BYTES == 32
-    return (Floats)_mm256_fmsub_ps((__m256)a, (__m256)a, (__m256)square);
-#else
-    // The products of the halves of a are exact.
-    const Floats high = (Floats)((Words)a & 0xfffff000u), low = a - high;
-    return ((high * high - square) + 2.0f * high * low) + low * low;
-#endif
-}
-
-// a b + c, rounded once where there is an instruction for it.
-CONVNEST_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
-#if CONVNEST_VECTOR_BYTES == 64
-    return (Floats)_mm512_maskz_fmadd_ps(0xffff, (__m512)a, (__m512)b, (__m512)c);
-#elif CONVNEST_VECTOR_BYTES == 32
-    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-    return a * b + c;
-#endif
-}
-
-template <int N>
-struct PackOps {
-    using F = Pack<float, N>;
-    static constexpr bool kFused = kVectorBytes > 16;
-    CONVNEST_INLINE F magnitude(const F& x, float bound) {
-        // As integers: one instruction, and a NaN, which is larger than any bound, goes too.
-        const Words most = (Words)(bound + Floats{});
-        return make_pack<float, N>([&](auto i) CONVNEST_INLINE_LAMBDA {
-            const Words bits = (Words)x.v[i] & 0x7fffffffu;
-            return (Floats)(bits < most ? bits : most);
-        });
-    }
-    CONVNEST_INLINE F multiply_add(const F& a, float b, const F& c) {
-        const Floats factor = b + Floats{};
-        return make_pack<float, N>([&](auto i) CONVNEST_INLINE_LAMBDA {
-            return CONVNEST_ISA::multiply_add(a.v[i], factor, c.v[i]);
-        });
-    }
-    CONVNEST_INLINE F square_rest(const F& a, const F& square) {
-        return make_pack<float, N>(
-            [&](auto i) CONVNEST_INLINE_LAMBDA { return rest_of(a.v[i], square.v[i]); });
-    }
-    CONVNEST_INLINE F scaled(const F& r, const F& m) {
-        return make_pack<float, N>([&](auto i) CONVNEST_INLINE_LAMBDA {
-            const Integers bits = (Integers)((Words)r.v[i] + ((Words)m.v[i] << 23));
-            return (Floats)(bits > 0 ? bits : Integers{});
-        });
-    }
-    CONVNEST_INLINE F reciprocal(const F& x) {
-        const F r = make_pack<float, N>(
-            [&](auto i) CONVNEST_INLINE_LAMBDA { return reciprocal_estimate(x.v[i]); });
-        if constexpr (kVectorBytes == 16) return r;
-        return make_pack<float, N>([&](auto i) CONVNEST_INLINE_LAMBDA {
-            const Floats rest = CONVNEST_ISA::multiply_add(-x.v[i], r.v[i], 1.0f + Floats{});
-            return CONVNEST_ISA::multiply_add(r.v[i], rest, r.v[i]);
-        });
-    }
-    CONVNEST_INLINE F if_negative(const F& x, const F& a, const F& b) {
-        return make_pack<float, N>(
-            [&](auto i) CONVNEST_INLINE_LAMBDA { return x.v[i] < 0.0f ? a.v[i] : b.v[i]; });
-    }
-};
-
-// GELU of values that are, or will be, stored as T.
-template <class T, int N>
-CONVNEST_INLINE Pack<Accumulate<T>, N> gelu_of(const Pack<Accumulate<T>, N>& x) {
-    if constexpr (sizeof(T) == 2) {
-        return short_gelu<PackOps<N>>(x);
-    } else if constexpr (sizeof(T) == 4) {
-        return gelu<PackOps<N>>(x);
-    } else {
-        // float64 is for gradient checks: the C library, lane by lane.
-        auto result = x;
-        for (int n = 0; n < N; ++n) {
-            for (int i = 0; i < kLanes<double>; ++i) {
-                result.v[n][i] *= 0.5 * __builtin_erfc(-x.v[n][i] * kSqrtHalf);
-            }
-        }
-        return result;
-    }
-}
-
-template <class T, int N>
-CONVNEST_INLINE GeluAndGrad<Pack<Accumulate<T>, N>> gelu_and_grad_of(
-    const Pack<Accumulate<T>, N>& x) {
-    if constexpr (sizeof(T) == 2) {
-        return short_gelu_and_grad<PackOps<N>>(x);
-    } else if constexpr (sizeof(T) == 4) {
-        return gelu_and_grad<PackOps<N>>(x);
-    } else {
-        GeluAndGrad<Pack<double, N>> result;
-        for (int n = 0; n < N; ++n) {
-            for (int i = 0; i < kLanes<double>; ++i) {
-                const double value = x.v[n][i], below = 0.5 * __builtin_erfc(-value * kSqrtHalf);
-                result.value.v[n][i] = value * below;
-                result.grad.v[n][i] =
-                    below + value * (__builtin_exp(-0.5 * value * value) * kInvSqrt2Pi);
-            }
-        }
-        return result;
-    }
-}
 
 }  // namespace
 }  // namespace convnest::CONVNEST_ISA
