@@ -80,9 +80,9 @@ inline TilePlan plan_tiles(std::int64_t width) {
 template <class A>
 struct Ring {
     A* data;
-    std::int64_t slots, padded, block_stride;
+    std::int64_t blocks, slots, padded, block_stride;
     int pad;
-    std::int64_t size;  // elements of `data`
+    std::int64_t width;
 
     static std::int64_t block_elements(std::int64_t slots, std::int64_t padded) {
         // An odd number of vectors: the same pixel in all blocks spreads over all cache sets.
@@ -91,8 +91,16 @@ struct Ring {
     A* row(std::int64_t block, std::int64_t y) const {
         return data + block * block_stride + (y % slots) * padded * kLanes<A>;
     }
-    void clear() const {
-        for (std::int64_t i = 0; i < size; ++i) data[i] = 0;
+    // All else is written before it is read.
+    void clear_padding() const {
+        const std::int64_t first = (pad + width) * kLanes<A>;
+        for (std::int64_t b = 0; b < blocks; ++b) {
+            for (std::int64_t y = 0; y < slots; ++y) {
+                A* at = row(b, y);
+                for (std::int64_t i = 0; i < pad * kLanes<A>; ++i) at[i] = 0;
+                for (std::int64_t i = first; i < padded * kLanes<A>; ++i) at[i] = 0;
+            }
+        }
     }
 };
 

@@ -58,7 +58,7 @@ struct Backward {
         const Backward& f = *static_cast<const Backward*>(context);
         Carver carver(base);
         const Scratch s = f.take_scratch(carver);
-        s.dc.clear();
+        s.dc.clear_padding();
         for (std::int64_t i = 0; i < f.step.rows * f.step.tiles.width() * L; ++i) s.x[i] = 0;
     }
 

@@ -45,7 +45,7 @@ struct Forward {
     static void prepare(char* base, void* context) {
         const Forward& f = *static_cast<const Forward*>(context);
         Carver carver(base);
-        f.take_scratch(carver).x.clear();
+        f.take_scratch(carver).x.clear_padding();
     }
 
     static void run_unit(std::int64_t unit, char* base, void* context) {

@@ -136,7 +136,7 @@ struct Backward {
         Carver carver(base);
         const Scratch s = f.take_scratch(carver);
         f.wide.prepare(s.wide);
-        if (f.p.u == nullptr) s.again.wide.z.clear();
+        if (f.p.u == nullptr) s.again.wide.z.clear_padding();
     }
 
     static void run_chunk(std::int64_t chunk, char* base, void* context) {

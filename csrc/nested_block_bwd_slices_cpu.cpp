@@ -240,7 +240,7 @@ struct BackwardSlices {
             outer_rows(OuterRows<A>{dt, narrow(), s.v, kStride, fc2.sum + slice.c, fc2.stride,
                                     pixels, p.C, slice.vectors * L, first});
         }
-        s.du.clear();
+        s.du.clear_padding();
         for (std::int64_t i = 0; i < p.H * wide.step.tiles.width() * L; ++i) s.z[i] = 0;
         for (std::int64_t i = 0; i < pixels * L; ++i) s.sum_e[i] = s.sum_ex[i] = 0;
         MapRows<A> map(s.du, p.H, p.K);

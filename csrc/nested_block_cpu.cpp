@@ -18,7 +18,7 @@ struct Forward {
     static void prepare(char* base, void* context) {
         const Forward& f = *static_cast<const Forward*>(context);
         Carver carver(base);
-        f.rows.take_scratch(carver).wide.z.clear();
+        f.rows.take_scratch(carver).wide.z.clear_padding();
     }
 
     static void run_unit(std::int64_t unit, char* base, void* context) {

@@ -273,7 +273,7 @@ struct NestedBlockSlices {
     Conv take_conv(Carver& carver) const {
         const std::int64_t padded = rows.wide.step.tiles.width() + p.K - 1;
         const std::int64_t size = p.H * padded * L;
-        Conv conv{{carver.take<A>(size), p.H, padded, size, p.K / 2, size}, {}};
+        Conv conv{{carver.take<A>(size), 1, p.H, padded, 0, p.K / 2, p.W}, {}};
         conv.out = carver.take<A>(p.H * p.W * L);
         return conv;
     }
@@ -288,7 +288,7 @@ struct NestedBlockSlices {
                         const A* rstds, T* kept_u, char* scratch) const {
         Carver carver(scratch);
         const Conv conv = take_conv(carver);
-        conv.z.clear();
+        conv.z.clear_padding();
         MapRows<A> map(conv.z, p.H, p.K);
         for (std::int64_t b = 0; b < slice.vectors; ++b) {
             const std::int64_t c = slice.c + b * L, left = p.D - c;

@@ -91,7 +91,7 @@ struct NestedConvBwdRows {
         return s;
     }
     void prepare(const Scratch& s) const {
-        s.du.clear();
+        s.du.clear_padding();
         for (std::int64_t i = 0; i < step.rows * step.tiles.width() * L; ++i) s.z[i] = 0;
     }
 

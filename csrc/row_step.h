@@ -49,8 +49,8 @@ struct RowStep {
         const std::int64_t most = rows + K - 1, slots = most < H ? most : H;
         const std::int64_t padded = tiles.width() + K - 1;
         const std::int64_t stride = Ring<A>::block_elements(slots, padded);
-        const std::int64_t size = (in_turn ? 1 : blocks) * stride;
-        return {carver.take<A>(size), slots, padded, in_turn ? 0 : stride, K / 2, size};
+        const std::int64_t held = in_turn ? 1 : blocks;
+        return {carver.take<A>(held * stride), held, slots, padded, in_turn ? 0 : stride, K / 2, W};
     }
 
     // The ring rows that output row y and those that rows before `end` need.
