@@ -171,10 +171,10 @@ void backward(const DwconvGeluLayernormBwdParams& p) {
         f.partials = Partials<A>::take(carver, f.chunks, p.C, taps);
     });
     f.act_norm.copy(p.ln_weight, p.ln_bias);
-    WeightCopy<A>{static_cast<const A*>(p.conv_weight), f.weight_flip, p.C, taps, true}.run();
+    WeightCopy<A> copy{static_cast<const A*>(p.conv_weight), f.weight_flip, p.C, taps, true};
+    auto sum = f.partials.sum_into(p.dconv_weight, p.dconv_bias, p.dln_weight, p.dln_bias);
     const std::size_t scratch = bytes_of([&](Carver& carver) { f.take_scratch(carver); });
-    run_units({f.chunks, scratch, f.prepare, f.run_chunk, &f});
-    f.partials.sum(p.dconv_weight, p.dconv_bias, p.dln_weight, p.dln_bias);
+    run_phases({copy.units(), {f.chunks, scratch, f.prepare, f.run_chunk, &f}, sum.units()});
 }
 
 }  // namespace

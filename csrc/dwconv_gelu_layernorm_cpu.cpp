@@ -113,9 +113,9 @@ void forward(const DwconvGeluLayernormFwdParams& p) {
     });
     copy_parameter(p.conv_bias, A(0), p.C, f.conv_bias);
     f.act_norm.copy(p.ln_weight, p.ln_bias);
-    WeightCopy<A>{static_cast<const A*>(p.conv_weight), f.weight, p.C, p.K * p.K, false}.run();
+    WeightCopy<A> copy{static_cast<const A*>(p.conv_weight), f.weight, p.C, p.K * p.K, false};
     const std::size_t scratch = bytes_of([&](Carver& carver) { f.take_scratch(carver); });
-    run_units({p.N * f.bands, scratch, f.prepare, f.run_unit, &f});
+    run_phases({copy.units(), {p.N * f.bands, scratch, f.prepare, f.run_unit, &f}});
 }
 
 }  // namespace

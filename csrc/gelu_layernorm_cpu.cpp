@@ -98,8 +98,8 @@ void backward(const GeluLayernormBwdParams& p) {
     });
     f.act_norm.copy(p.ln_weight, p.ln_bias);
     const std::size_t scratch = bytes_of([&](Carver& carver) { f.act_norm.take_scratch(carver); });
-    run_units({chunks, scratch, nullptr, f.run_chunk, &f});
-    f.partials.sum(nullptr, nullptr, p.dln_weight, p.dln_bias);
+    auto sum = f.partials.sum_into(nullptr, nullptr, p.dln_weight, p.dln_bias);
+    run_phases({{chunks, scratch, nullptr, f.run_chunk, &f}, sum.units()});
 }
 
 }  // namespace

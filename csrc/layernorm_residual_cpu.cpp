@@ -154,8 +154,8 @@ void backward(const LayernormResidualBwdParams& p) {
     copy_parameter(p.ln_weight, A(1), p.C, f.ln_weight);
     copy_parameter(p.scale, A(1), p.C, f.scale);
     const std::size_t scratch = bytes_of([&](Carver& carver) { f.take_scratch(carver); });
-    run_units({chunks, scratch, nullptr, f.run_chunk, &f});
-    f.partials.sum(nullptr, p.dscale, p.dln_weight, p.dln_bias);
+    auto sum = f.partials.sum_into(nullptr, p.dscale, p.dln_weight, p.dln_bias);
+    run_phases({{chunks, scratch, nullptr, f.run_chunk, &f}, sum.units()});
 }
 
 }  // namespace

@@ -80,14 +80,14 @@ struct LinearRows {
     using A = Accumulate<E>;
     const E* x;
     std::int64_t x_stride;
-    const typename Operand<E>::Packed* weight;  // as pack_linear leaves it
+    const typename Operand<E>::Packed* weight;  // as PackLinear leaves it
     const A* bias;                              // padded to whole vectors
     A* y;
     std::int64_t y_stride;
     std::int64_t rows, K, M;
 };
 
-// weight[m * m_stride + k * k_stride] into panels, packed_elements<E>(K, M), in parallel.
+// weight[m * m_stride + k * k_stride] into panels, packed_elements<E>(K, M).
 template <class E>
 struct PackLinear {
     const Accumulate<E>* weight;
@@ -119,12 +119,13 @@ void linear_rows(const LinearRows<double>&);
 // order give the bits of all at once.
 void linear_part(const LinearRows<float>&, Range panels, Range steps);
 void linear_part(const LinearRows<double>&, Range panels, Range steps);
-void pack_linear(const PackLinear<float>&);
-void pack_linear(const PackLinear<double>&);
+// The units of it, which are to run while it exists.
+Units pack_units(PackLinear<float>&);
+Units pack_units(PackLinear<double>&);
 #if defined(__AVX512BF16__)
 void linear_rows(const LinearRows<BFloat16>&);
 void linear_part(const LinearRows<BFloat16>&, Range panels, Range steps);
-void pack_linear(const PackLinear<BFloat16>&);
+Units pack_units(PackLinear<BFloat16>&);
 #endif
 
 }  // namespace convnest::CONVNEST_ISA

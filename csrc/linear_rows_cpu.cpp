@@ -282,8 +282,8 @@ void pack_panel(std::int64_t unit, char*, void* context) {
 }
 
 template <class E>
-void pack(PackLinear<E> p) {
-    run_units({panel_count(block_count<Accumulate<E>>(p.M)), 0, nullptr, pack_panel<E>, &p});
+Units units_of(PackLinear<E>& p) {
+    return {panel_count(block_count<Accumulate<E>>(p.M)), 0, nullptr, pack_panel<E>, &p};
 }
 
 }  // namespace
@@ -298,14 +298,14 @@ void linear_part(const LinearRows<float>& l, Range panels, Range steps) {
 void linear_part(const LinearRows<double>& l, Range panels, Range steps) {
     some_panels(l, panels, steps, true);
 }
-void pack_linear(const PackLinear<float>& p) { pack(p); }
-void pack_linear(const PackLinear<double>& p) { pack(p); }
+Units pack_units(PackLinear<float>& p) { return units_of(p); }
+Units pack_units(PackLinear<double>& p) { return units_of(p); }
 #if defined(__AVX512BF16__)
 void linear_rows(const LinearRows<BFloat16>& l) { all_panels(l); }
 void linear_part(const LinearRows<BFloat16>& l, Range panels, Range steps) {
     some_panels(l, panels, steps, true);
 }
-void pack_linear(const PackLinear<BFloat16>& p) { pack(p); }
+Units pack_units(PackLinear<BFloat16>& p) { return units_of(p); }
 #endif
 
 }  // namespace convnest::CONVNEST_ISA

@@ -40,9 +40,9 @@ struct BlockPartials {
     }
 
     // All partials into the first one.
-    void sum() {
+    Units sum_units() {
         const std::int64_t units = (size(C, D) + kUnit - 1) / kUnit;
-        if (chunks > 1) run_units({units, 0, nullptr, sum_unit, this});
+        return {chunks > 1 ? units : 0, 0, nullptr, sum_unit, this};
     }
 
   private:
@@ -63,6 +63,7 @@ struct Backward {
     using E = typename OperandOf<T>::type;
     using Packed = typename Operand<E>::Packed;
     static constexpr bool kOwnOperands = !std::is_same<A, E>::value;
+    static constexpr std::int64_t kWriteUnits = 32;
 
     const NestedBlockBwdParams& p;
     NestedBlockRows<T> again;
@@ -98,15 +99,11 @@ struct Backward {
         pixel.take_parameters(carver);
     }
 
-    void copy_parameters() {
-        wide.copy_parameters(p.conv_weight, p.norm_weight, p.norm_bias);
-        if (p.u == nullptr) again.copy_parameters();
+    void copy_parameters(Phases& work) {
+        wide.copy_parameters(p.norm_weight, p.norm_bias);
+        if (p.u == nullptr) again.copy_parameters(work);
         copy_parameter(nullptr, A(0), p.D, no_bias);
         pixel.copy_parameters();
-        const A *fc1 = static_cast<const A*>(p.fc1_weight),
-                *fc2 = static_cast<const A*>(p.fc2_weight);
-        pack_linear(PackLinear<E>{fc1, 1, p.C, fc1_weight, p.D, p.C});
-        pack_linear(PackLinear<E>{fc2, 1, p.D, fc2_weight, p.C, p.D});
     }
 
     Scratch take_scratch(Carver& carver) const {
@@ -238,25 +235,33 @@ struct Backward {
         for (std::int64_t i = 0; i < count; ++i) pixel.leave(first + i, s.dx + i * narrow);
     }
 
-    // The summed partials to where they belong.
-    void write_gradients() const {
+    // The summed partials to where they belong; of the weights, a part of the rows.
+    static void write_part(std::int64_t unit, char*, void* context) {
+        static_cast<const Backward*>(context)->write_weights(unit);
+    }
+    void write_weights(std::int64_t unit) const {
         const std::int64_t wide_stride = wide.step.channels;
-        const A *fc1 = partials.fc1(0), *fc2 = partials.fc2(0), *vectors = partials.vectors(0);
+        const A *fc1 = partials.fc1(0), *fc2 = partials.fc2(0);
         A *dfc1 = static_cast<A*>(p.dfc1_weight), *dfc2 = static_cast<A*>(p.dfc2_weight);
-        for (std::int64_t d = 0; dfc1 != nullptr && d < p.D; ++d) {
+        const Range wide_rows = part_of(p.D, kWriteUnits, unit);
+        for (std::int64_t d = wide_rows.begin; dfc1 != nullptr && d < wide_rows.end; ++d) {
             for (std::int64_t c = 0; c < p.C; ++c) dfc1[d * p.C + c] = fc1[c * wide_stride + d];
         }
-        for (std::int64_t c = 0; dfc2 != nullptr && c < p.C; ++c) {
+        const Range rows = part_of(p.C, kWriteUnits, unit);
+        for (std::int64_t c = rows.begin; dfc2 != nullptr && c < rows.end; ++c) {
             for (std::int64_t d = 0; d < p.D; ++d) dfc2[c * p.D + d] = fc2[c * wide_stride + d];
         }
-        pixel.copy_to(p.dfc1_bias, fc1 + p.C * wide_stride, p.D);
-        pixel.write(vectors);
+    }
+    void write_vectors() const {
+        pixel.copy_to(p.dfc1_bias, partials.fc1(0) + p.C * wide.step.channels, p.D);
+        pixel.write(partials.vectors(0));
     }
 };
 
 template <class T>
 void backward(const NestedBlockBwdParams& p) {
     using A = Accumulate<T>;
+    using E = typename OperandOf<T>::type;
     if (in_slices(p.H, p.W, p.D)) return nested_block_backward_slices(p);
     const auto pixel = NestedBlockBwdPixel<T>::plan(p);
     const NestedBlockFwdParams forward = pixel.again();
@@ -286,11 +291,20 @@ void backward(const NestedBlockBwdParams& p) {
     const CallScratch memory(parameters.used());
     Carver carver(memory.data());
     f.take_parameters(carver);
-    f.copy_parameters();
-    run_units({chunks, scratch.used(), f.prepare, f.run_chunk, &f});
-    f.wide.partials.sum(p.dconv_weight, p.dconv_bias, p.dnorm_weight, p.dnorm_bias);
-    f.partials.sum();
-    f.write_gradients();
+    Phases work;
+    f.copy_parameters(work);
+    auto conv = f.wide.weight_copy(p.conv_weight);
+    PackLinear<E> fc1{static_cast<const A*>(p.fc1_weight), 1, p.C, f.fc1_weight, p.D, p.C};
+    PackLinear<E> fc2{static_cast<const A*>(p.fc2_weight), 1, p.D, f.fc2_weight, p.C, p.D};
+    auto sum = f.wide.partials.sum_into(p.dconv_weight, p.dconv_bias, p.dnorm_weight, p.dnorm_bias);
+    for (const Units& units :
+         {conv.units(), pack_units(fc1), pack_units(fc2),
+          Units{chunks, scratch.used(), f.prepare, f.run_chunk, &f}, sum.units(),
+          f.partials.sum_units(), Units{f.kWriteUnits, 0, nullptr, f.write_part, &f}}) {
+        work.add(units);
+    }
+    work.run();
+    f.write_vectors();
 }
 
 }  // namespace

@@ -5,13 +5,14 @@
 //   [slices   h and u, where they were not kept: forward's own code]
 //   slices    dv = dt W2, du, dW2, the gradients of the convolution and the norm, dg up to the
 //             means over channels, and the slice's share of these
+//   pixels    the means over channels
 //   slices    dh, dW1, db1
 //   panels    dh W1
 //   pixels    dx
 //
-// A slice's gradients belong to one unit in each group, and groups come in order: one sum for each
-// gradient, in memory of the gradient itself where its rows are whole vectors, in the same order
-// for every number of threads.
+// Each line is a phase of each group, as in forward. A slice's gradients belong to one unit in each
+// group, and groups come in order: one sum for each gradient, in memory of the gradient itself
+// where its rows are whole vectors, in the same order for every number of threads.
 #include "common/call.h"
 #include "nested_block_bwd_pixel.h"
 #include "nested_block_bwd_slices.h"
@@ -52,6 +53,7 @@ struct BackwardSlices {
     using E = typename OperandOf<T>::type;
     using Packed = typename Operand<E>::Packed;
     using Slice = typename Slices<A>::Slice;
+    using Group = Groups::Group;
     static constexpr int L = kLanes<A>;
     static constexpr std::int64_t kStride = Slices<A>::kStride;
     static constexpr bool kOwnOperands = !std::is_same<A, E>::value;
@@ -74,9 +76,6 @@ struct BackwardSlices {
     A *mean_e{}, *mean_ex{};    // [pixel]
 
     std::int64_t narrow() const { return pixel.narrow; }
-    static std::int64_t row_parts(std::int64_t pixels) {
-        return (pixels + kLeastRows - 1) / kLeastRows;
-    }
     // Whether x is a factor of dW1 as it is.
     bool reads_x() const { return std::is_same<T, A>::value && p.C == narrow(); }
     bool wants_fc1() const { return fc1.gradient != nullptr || p.dfc1_bias != nullptr; }
@@ -93,15 +92,10 @@ struct BackwardSlices {
         fc1.take(carver);
         fc2.take(carver);
     }
-    void copy_parameters() {
-        wide.copy_parameters(p.conv_weight, p.norm_weight, p.norm_bias);
+    void copy_parameters(Phases& work) {
+        wide.copy_parameters(p.norm_weight, p.norm_bias);
         pixel.copy_parameters();
-        if (p.u == nullptr) again.rows.copy_parameters();
-        const A *w1 = static_cast<const A*>(p.fc1_weight),
-                *w2 = static_cast<const A*>(p.fc2_weight);
-        pack_linear(PackLinear<E>{w1, 1, p.C, fc1_weight, p.D, p.C});
-        pack_linear(PackLinear<E>{w2, 1, p.D, fc2_weight, p.C, p.D});
-        wide.partials.clear(0);
+        if (p.u == nullptr) again.rows.copy_parameters(work);
         for (std::int64_t i = 0; i < wide.step.channels; ++i) no_bias[i] = fc1_bias[i] = 0;
         for (std::int64_t i = 0; i < pixel.sums(); ++i) narrow_sums[i] = 0;
     }
@@ -122,7 +116,7 @@ struct BackwardSlices {
             dt_operand = dt;
             dh_operand = dg;
         }
-        unit_sums = carver.take<A>(row_parts(most) * pixel.sums());
+        unit_sums = carver.take<A>(Groups::row_parts(most) * pixel.sums());
         for (A** at : {&slice_e, &slice_ex}) *at = carver.take<A>(slices * most);
         for (A** at : {&mean_e, &mean_ex}) *at = carver.take<A>(most);
     }
@@ -148,76 +142,117 @@ struct BackwardSlices {
         return s;
     }
 
-    void run_group(std::int64_t index) {
-        const auto group = again.group(index);
-        const std::int64_t origin = group.first * p.D, slices = again.slices.count();
-        enter_pixels(group);
-        const T *given_h = p.h == nullptr ? nullptr : static_cast<const T*>(p.h) + origin,
-                *given_u = p.u == nullptr ? u : static_cast<const T*>(p.u) + origin;
-        const A* mean = static_cast<const A*>(p.mean) + group.first;
-        const A* rstd = static_cast<const A*>(p.rstd) + group.first;
-        if (p.u == nullptr) {
-            again.run_wide(group, {given_h == nullptr ? h : nullptr, u}, given_h, mean, rstd);
+    void run(Phases& work) {
+        auto conv = wide.weight_copy(p.conv_weight);
+        PackLinear<E> pack1{static_cast<const A*>(p.fc1_weight), 1, p.C, fc1_weight, p.D, p.C};
+        PackLinear<E> pack2{static_cast<const A*>(p.fc2_weight), 1, p.D, fc2_weight, p.C, p.D};
+        for (const Units& units : {conv.units(), pack_units(pack1), pack_units(pack2)}) {
+            work.add(units);
         }
-        if (given_h == nullptr) given_h = h;
+
+        const auto enter_pixels = again.groups.over_pixels([this](const Group& group,
+                                                                  std::int64_t unit, Range pixels) {
+            A* sums = unit_sums + unit * pixel.sums();
+            for (std::int64_t i = 0; i < pixel.sums(); ++i) sums[i] = 0;
+            for (std::int64_t i = pixels.begin; i < pixels.end; ++i) {
+                pixel.enter(group.first + i, dt + i * narrow(), dt_operand + i * narrow(), sums);
+            }
+        });
+        const auto convert = again.convert_x();
+        const auto enter_again = again.over_slices(
+            0, [this](const Group& group, const Slice& slice, Range pixels, char*) {
+                again.enter_slice(group, slice, pixels, p.h == nullptr ? h : nullptr,
+                                  wide_of(p.h, group, nullptr), false);
+            });
+        const auto convolve_again = again.over_slices(
+            again.conv_bytes(),
+            [this](const Group& group, const Slice& slice, Range pixels, char* scratch) {
+                again.convolve_slice(slice, pixels, mean(group), rstd(group), u, scratch);
+            });
+        const auto enter =
+            over_whole_slices([this](const Group& group, const Slice& slice, char* scratch) {
+                Carver carver(scratch);
+                enter_slice(take_scratch(carver), group, slice);
+            });
+        const auto finish =
+            again.groups.over_pixels([this](const Group& group, std::int64_t unit, Range pixels) {
+                finish_sums(pixels, rstd(group));
+                if (fc1.gradient != nullptr && !reads_x()) copy_x(group, pixels);
+                if (unit == 0) add_narrow_sums(group);
+            });
+        const auto leave = over_whole_slices(
+            [this](const Group& group, const Slice& slice, char*) { leave_slice(group, slice); });
+        const auto reduce =
+            linear_of_slices<E>(again.groups, again.slices, dh_operand,
+                                {nullptr, 0, fc1_weight, no_bias, through, narrow(), 0, p.D, p.C});
+        const auto leave_pixels =
+            again.groups.over_pixels([this](const Group& group, std::int64_t, Range pixels) {
+                for (std::int64_t i = pixels.begin; i < pixels.end; ++i) {
+                    pixel.leave(group.first + i, through + i * narrow());
+                }
+            });
+        for (std::int64_t i = 0; i < again.groups.count(); ++i) {
+            work.add(enter_pixels.of(i));
+            if (p.u == nullptr) {
+                if (p.h == nullptr && !again.rows.reads_x()) work.add(convert.of(i));
+                work.add(enter_again.of(i));
+                work.add(convolve_again.of(i));
+            }
+            work.add(enter.of(i));
+            work.add(finish.of(i));
+            if (wants_fc1() || p.dx != nullptr) work.add(leave.of(i));
+            if (p.dx != nullptr) work.add(reduce.of(i));
+            if (p.dx != nullptr) work.add(leave_pixels.of(i));
+        }
+        auto sum =
+            wide.partials.sum_into(p.dconv_weight, p.dconv_bias, p.dnorm_weight, p.dnorm_bias);
+        work.add(sum.units());
+        work.run();
+    }
+
+    // f(group, slice, scratch).
+    template <class F>
+    auto over_whole_slices(const F& f) const {
         Carver scratch(nullptr);
         take_scratch(scratch);
-        each_unit(slices, scratch.used(), [&](std::int64_t s, char* base) {
-            Carver carver(base);
-            enter_slice(take_scratch(carver), again.slices.at(s), group.pixels, given_h, given_u,
-                        mean, rstd, index == 0);
-        });
-        if (!wants_fc1() && p.dx == nullptr) return;
-        finish_sums(group.pixels, rstd);
-        if (fc1.gradient != nullptr && !reads_x()) copy_x(group);
-        const A* factor = reads_x() ? static_cast<const A*>(p.x) + group.first * p.C : x;
-        each_unit(slices, 0, [&](std::int64_t s, char*) {
-            leave_slice(again.slices.at(s), group.pixels, factor, index == 0);
-        });
-        if (p.dx == nullptr) return;
-        linear_of_slices<E>(
-            again.slices, dh_operand, again.most,
-            {nullptr, 0, fc1_weight, no_bias, through, narrow(), group.pixels, p.D, p.C});
-        over_rows_of(group.pixels, [&](std::int64_t, std::int64_t i) {
-            pixel.leave(group.first + i, through + i * narrow());
-        });
+        const auto run = [this, f](std::int64_t group, std::int64_t s, char* base) {
+            f(again.groups.at(group), again.slices.at(s), base);
+        };
+        return GroupPhase(again.slices.count(), scratch.used(), run);
     }
 
-    // f(unit, pixel) for all pixels of a group; units are of the shape only.
-    template <class F>
-    void over_rows_of(std::int64_t pixels, const F& f) const {
-        const std::int64_t parts = row_parts(pixels);
-        each_unit(parts, 0, [&](std::int64_t unit, char*) {
-            const Range range = part_of(pixels, parts, unit);
-            for (std::int64_t i = range.begin; i < range.end; ++i) f(unit, i);
-        });
+    // What the tensors have of a group; `made` where a wide one was not kept.
+    const T* wide_of(const void* tensor, const Group& group, const T* made) const {
+        return tensor == nullptr ? made : static_cast<const T*>(tensor) + group.first * p.D;
     }
+    const A* mean(const Group& group) const { return static_cast<const A*>(p.mean) + group.first; }
+    const A* rstd(const Group& group) const { return static_cast<const A*>(p.rstd) + group.first; }
 
-    void enter_pixels(const typename NestedBlockSlices<T>::Group& group) const {
-        const std::int64_t all = row_parts(group.pixels) * pixel.sums();
-        for (std::int64_t i = 0; i < all; ++i) unit_sums[i] = 0;
-        over_rows_of(group.pixels, [&](std::int64_t unit, std::int64_t i) {
-            pixel.enter(group.first + i, dt + i * narrow(), dt_operand + i * narrow(),
-                        unit_sums + unit * pixel.sums());
-        });
+    // In the order of the units.
+    void add_narrow_sums(const Group& group) const {
+        const std::int64_t all = Groups::row_parts(group.pixels) * pixel.sums();
         for (std::int64_t i = 0; i < all; ++i) narrow_sums[i % pixel.sums()] += unit_sums[i];
     }
 
     // Lanes from C on are zero: columns of dW1 come in whole vectors.
-    void copy_x(const typename NestedBlockSlices<T>::Group& group) const {
-        for (std::int64_t i = 0; i < group.pixels; ++i) {
+    void copy_x(const Group& group, Range pixels) const {
+        for (std::int64_t i = pixels.begin; i < pixels.end; ++i) {
             for (std::int64_t c = p.C; c < narrow(); ++c) x[i * narrow() + c] = 0;
         }
-        pixel.copy_x(group.first, group.pixels, x, narrow());
+        pixel.copy_x(group.first + pixels.begin, pixels.end - pixels.begin,
+                     x + pixels.begin * narrow(), narrow());
     }
 
     A* of(A* buffer, const Slice& slice) const {
         return buffer + slice.index * again.most * kStride;
     }
 
-    void enter_slice(const Scratch& s, const Slice& slice, std::int64_t pixels, const T* h_,
-                     const T* u_, const A* mean, const A* rstd, bool first) const {
+    void enter_slice(const Scratch& s, const Group& group, const Slice& slice) const {
+        const std::int64_t pixels = group.pixels;
+        const T *h_ = wide_of(p.h, group, h), *u_ = wide_of(p.u, group, u);
+        const A *means = mean(group), *rstds = rstd(group);
         A *dg_ = of(dg, slice), *xhat_ = of(xhat, slice), *slope_ = of(slope, slice);
+        if (group.first == 0) wide.partials.clear(0, slice.c / L, slice.vectors);
         linear_part(LinearRows<E>{dt_operand, narrow(), fc2_weight, no_bias, dg_, kStride, pixels,
                                   p.C, p.D},
                     slice.panels, {0, packed_steps<E>(p.C)});
@@ -232,13 +267,13 @@ struct BackwardSlices {
             over_channels<A>(
                 slice.channels, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
                     const auto g = gelu_and_grad_of<T>(load_as(h_ + i * p.D + slice.c + c, lanes));
-                    store_all(xhat_ + row + c, (g.value - mean[i]) * rstd[i]);
+                    store_all(xhat_ + row + c, (g.value - means[i]) * rstds[i]);
                     store_all(slope_ + row + c, g.grad);
                 });
         }
         if (fc2.gradient != nullptr) {
             outer_rows(OuterRows<A>{dt, narrow(), s.v, kStride, fc2.sum + slice.c, fc2.stride,
-                                    pixels, p.C, slice.vectors * L, first});
+                                    pixels, p.C, slice.vectors * L, group.first == 0});
         }
         s.du.clear_padding();
         for (std::int64_t i = 0; i < p.H * wide.step.tiles.width() * L; ++i) s.z[i] = 0;
@@ -246,7 +281,7 @@ struct BackwardSlices {
         MapRows<A> map(s.du, p.H, p.K);
         for (std::int64_t b = 0; b < slice.vectors; ++b) {
             for (std::int64_t image = 0; image < pixels; image += p.H * p.W) {
-                convolve(s, map, slice.c + b * L, image, dg_ + b * L, xhat_ + b * L, rstd);
+                convolve(s, map, slice.c + b * L, image, dg_ + b * L, xhat_ + b * L, rstds);
             }
         }
         for (std::int64_t i = 0; i < pixels; ++i) {
@@ -298,22 +333,23 @@ struct BackwardSlices {
     }
 
     // The means over channels, times rstd.
-    void finish_sums(std::int64_t pixels, const A* rstd) const {
-        for (std::int64_t i = 0; i < pixels; ++i) mean_e[i] = mean_ex[i] = 0;
+    void finish_sums(Range pixels, const A* rstd) const {
+        for (std::int64_t i = pixels.begin; i < pixels.end; ++i) mean_e[i] = mean_ex[i] = 0;
         for (std::int64_t s = 0; s < again.slices.count(); ++s) {
-            for (std::int64_t i = 0; i < pixels; ++i) {
+            for (std::int64_t i = pixels.begin; i < pixels.end; ++i) {
                 mean_e[i] += slice_e[s * again.most + i];
                 mean_ex[i] += slice_ex[s * again.most + i];
             }
         }
-        for (std::int64_t i = 0; i < pixels; ++i) {
+        for (std::int64_t i = pixels.begin; i < pixels.end; ++i) {
             const A scale = rstd[i] / static_cast<A>(p.D);
             mean_e[i] *= scale;
             mean_ex[i] *= scale;
         }
     }
 
-    void leave_slice(const Slice& slice, std::int64_t pixels, const A* factor, bool first) const {
+    void leave_slice(const Group& group, const Slice& slice) const {
+        const std::int64_t pixels = group.pixels;
         A *dg_ = of(dg, slice), *xhat_ = of(xhat, slice), *slope_ = of(slope, slice);
         E* operand = dh_operand + slice.index * again.most * kStride;
         A* bias = fc1_bias + slice.c;
@@ -331,12 +367,12 @@ struct BackwardSlices {
                 });
         }
         if (fc1.gradient == nullptr) return;
+        const A* factor = reads_x() ? static_cast<const A*>(p.x) + group.first * p.C : x;
         outer_rows(OuterRows<A>{dg_, kStride, factor, narrow(), fc1.sum + slice.c * fc1.stride,
-                                fc1.stride, pixels, slice.channels, narrow(), first});
+                                fc1.stride, pixels, slice.channels, narrow(), group.first == 0});
     }
 
     void write_gradients() const {
-        wide.partials.sum(p.dconv_weight, p.dconv_bias, p.dnorm_weight, p.dnorm_bias);
         fc1.write();
         fc2.write();
         pixel.copy_to(p.dfc1_bias, fc1_bias, p.D);
@@ -365,8 +401,9 @@ void backward(const NestedBlockBwdParams& p) {
     Carver carver(memory.data());
     f.take_parameters(carver);
     f.take_memory(carver);
-    f.copy_parameters();
-    for (std::int64_t i = 0; i < f.again.groups(); ++i) f.run_group(i);
+    Phases work;
+    f.copy_parameters(work);
+    f.run(work);
     f.write_gradients();
 }
 

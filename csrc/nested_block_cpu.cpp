@@ -41,13 +41,9 @@ void forward_slices(const NestedBlockFwdParams& p) {
     Carver carver(memory.data());
     f.rows.take_parameters(carver);
     f.take_memory(carver);
-    f.rows.copy_parameters();
-    T *h = static_cast<T*>(p.h), *u = static_cast<T*>(p.u);
-    for (std::int64_t i = 0; i < f.groups(); ++i) {
-        const auto group = f.group(i);
-        const std::int64_t origin = group.first * p.D;
-        f.run_group(group, {h == nullptr ? h : h + origin, u == nullptr ? u : u + origin});
-    }
+    Phases work;
+    f.rows.copy_parameters(work);
+    f.run(work, static_cast<T*>(p.h), static_cast<T*>(p.u));
 }
 
 template <class T>
@@ -60,8 +56,10 @@ void forward(const NestedBlockFwdParams& p) {
     const CallScratch memory(parameters.used());
     Carver carver(memory.data());
     f.rows.take_parameters(carver);
-    f.rows.copy_parameters();
-    run_units({p.N * f.bands, scratch.used(), f.prepare, f.run_unit, &f});
+    Phases work;
+    f.rows.copy_parameters(work);
+    work.add({p.N * f.bands, scratch.used(), f.prepare, f.run_unit, &f});
+    work.run();
 }
 
 // The weights of `p` in `memory`; returns their bytes. With null memory it only counts.
@@ -70,7 +68,11 @@ std::int64_t pack(const NestedBlockFwdParams& p, char* memory) {
     auto rows = NestedBlockRows<T>::plan(p);
     Carver carver(memory);
     rows.take_weights(carver);
-    if (memory != nullptr) rows.pack_weights();
+    if (memory != nullptr) {
+        Phases work;
+        rows.pack_weights(work);
+        work.run();
+    }
     return static_cast<std::int64_t>(carver.used());
 }
 

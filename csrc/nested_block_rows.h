@@ -49,6 +49,11 @@ struct NestedBlockRows {
     const T* given_h;     // [N, H, W, D]: h, not to be computed; or null
     Packed *fc1_weight, *fc2_weight;
     A *fc1_bias, *fc2_bias, *post_weight, *post_bias, *scale;
+    // How the weights are packed, until it is done.
+    struct Packing {
+        WeightCopy<A> conv;
+        PackLinear<E> fc1, fc2;
+    } packing;
 
     // One worker's memory. h, then v in the operand type, share the memory of the convolution's
     // result.
@@ -70,6 +75,7 @@ struct NestedBlockRows {
                 {},
                 {},
                 {},
+                {},
                 {}};
     }
 
@@ -83,12 +89,13 @@ struct NestedBlockRows {
         fc2_weight = carver.take<Packed>(packed_elements<E>(p.D, p.C));
     }
     // Backward needs no layer that it does not run again.
-    void pack_weights() const {
-        wide.pack_weights(p.conv_weight);
-        const A *fc1 = static_cast<const A*>(p.fc1_weight),
-                *fc2 = static_cast<const A*>(p.fc2_weight);
-        if (fc1 != nullptr) pack_linear(PackLinear<E>{fc1, p.C, 1, fc1_weight, p.C, p.D});
-        if (fc2 != nullptr) pack_linear(PackLinear<E>{fc2, p.D, 1, fc2_weight, p.D, p.C});
+    void pack_weights(Phases& work) {
+        packing = {wide.weight_copy(p.conv_weight),
+                   {static_cast<const A*>(p.fc1_weight), p.C, 1, fc1_weight, p.C, p.D},
+                   {static_cast<const A*>(p.fc2_weight), p.D, 1, fc2_weight, p.D, p.C}};
+        work.add(packing.conv.units());
+        if (p.fc1_weight != nullptr) work.add(pack_units(packing.fc1));
+        if (p.fc2_weight != nullptr) work.add(pack_units(packing.fc2));
     }
 
     void take_parameters(Carver& carver) {
@@ -98,9 +105,10 @@ struct NestedBlockRows {
         for (A** at : {&fc2_bias, &post_weight, &post_bias, &scale}) *at = carver.take<A>(narrow);
     }
 
-    void copy_parameters() {
+    // With the weights' packing as the first phases of `work`.
+    void copy_parameters(Phases& work) {
         if (p.packed == nullptr) {
-            pack_weights();
+            pack_weights(work);
         } else {
             Carver packed(static_cast<char*>(const_cast<void*>(p.packed)));
             take_weights(packed);

@@ -5,11 +5,12 @@
 // channels, not the images: a slice is a run of panels of D.
 //
 //   slices    h = x W1^T + b1, g = GELU(h), the mean of g over the slice and its squares
-//   once      mean and rstd over all slices, in their order
+//   pixels    mean and rstd over all slices, in their order
 //   slices    one vector of channels after the other: z = LN(g), u = [g +] DW(z) + b, v = GELU(u)
 //   panels    t = v W2^T + b2, slice by slice, so that the weights are read once a group
 //   pixels    y = s x + LN(t)
 //
+// Each line is a phase (common/parallel.h) of each group, and a call goes to the thread pool once.
 // No value depends on how the work is cut among threads, nor on what is in a group. Backward uses
 // the first three to compute h and u again.
 #pragma once
@@ -51,34 +52,78 @@ struct Slices {
     }
 };
 
-// f(unit, scratch) for all units, on all threads.
+// A phase that comes once in each group: f(group, unit, scratch) for `count` units of it.
 template <class F>
-void each_unit(std::int64_t count, std::size_t scratch_bytes, const F& f) {
-    const auto run = [](std::int64_t unit, char* scratch, void* context) {
-        (*static_cast<const F*>(context))(unit, scratch);
+struct GroupPhase {
+    std::int64_t count;
+    std::size_t scratch_bytes;
+    F f;
+
+    GroupPhase(std::int64_t count, std::size_t scratch_bytes, const F& f)
+        : count(count), scratch_bytes(scratch_bytes), f(f) {}
+
+    static void run(std::int64_t unit, char* scratch, void* context) {
+        const GroupPhase& phase = *static_cast<const GroupPhase*>(context);
+        phase.f(unit / phase.count, unit % phase.count, scratch);
+    }
+    // To be run while the phase exists.
+    Units of(std::int64_t group) const {
+        return {count, scratch_bytes, nullptr, run, const_cast<GroupPhase*>(this), group * count};
+    }
+};
+
+// The images of a batch, a few at a time.
+struct Groups {
+    std::int64_t N, size;  // images, pixels of an image
+    std::int64_t images;   // of the largest group
+    struct Group {
+        std::int64_t first, pixels;  // of the tensors' pixels
     };
-    run_units({count, scratch_bytes, nullptr, run, const_cast<F*>(&f)});
-}
+
+    static Groups plan(std::int64_t N, std::int64_t H, std::int64_t W) {
+        return {N, H * W, images_of_group(N, H, W)};
+    }
+    std::int64_t count() const { return (N + images - 1) / images; }
+    std::int64_t most() const { return images * size; }  // pixels
+    Group at(std::int64_t i) const {
+        const Range range = part_of(N, count(), i);
+        return {range.begin * size, (range.end - range.begin) * size};
+    }
+    static std::int64_t row_parts(std::int64_t pixels) {
+        return (pixels + kLeastRows - 1) / kLeastRows;
+    }
+
+    // f(group, unit, its pixels) for kLeastRows pixels or fewer; units are of the shape only.
+    template <class F>
+    auto over_pixels(const F& f) const {
+        const auto part = [groups = *this, f](std::int64_t index, std::int64_t unit, char*) {
+            const Group group = groups.at(index);
+            const std::int64_t parts = row_parts(group.pixels);
+            if (unit < parts) f(group, unit, part_of(group.pixels, parts, unit));
+        };
+        return GroupPhase(row_parts(most()), 0, part);
+    }
+};
 
 // A layer with slices as its input, by panels and rows: y[i, m] = bias[m] + sum over all slices.
 template <class E>
-void linear_of_slices(const Slices<Accumulate<E>>& slices, const E* x, std::int64_t most,
-                      LinearRows<E> l) {
+auto linear_of_slices(const Groups& groups, const Slices<Accumulate<E>>& slices, const E* x,
+                      const LinearRows<E>& l) {
     using A = Accumulate<E>;
     const std::int64_t panels = panel_count(block_count<A>(l.M)), threads = num_threads();
     const std::int64_t columns = panels < threads ? panels : threads;
     const std::int64_t wanted = (threads + columns - 1) / columns;
-    const std::int64_t rows = wanted * kLeastRows <= l.rows ? wanted : 1;
-    each_unit(columns * rows, 0, [&](std::int64_t unit, char*) {
+    const std::int64_t rows = wanted * kLeastRows <= groups.most() ? wanted : 1;
+    return GroupPhase(columns * rows, 0, [=](std::int64_t group, std::int64_t unit, char*) {
         const Range panel = part_of(panels, columns, unit / rows);
-        const Range row = part_of(l.rows, rows, unit % rows);
+        const Range row = part_of(groups.at(group).pixels, rows, unit % rows);
         LinearRows<E> part = l;
         part.rows = row.end - row.begin;
         part.x_stride = slices.kStride;
         part.y +=
             row.begin * l.y_stride + panel_at(block_count<A>(l.M), panel.begin).first * kLanes<A>;
         for (std::int64_t s = 0; s < slices.count(); ++s) {
-            part.x = x + (s * most + row.begin) * slices.kStride;
+            part.x = x + (s * groups.most() + row.begin) * slices.kStride;
             linear_part(part, panel, slices.at(s).template steps<E>());
         }
     });
@@ -94,6 +139,7 @@ struct NestedBlockSlices {
     const NestedBlockFwdParams& p;
     NestedBlockRows<T> rows;  // the parameters, and what is done to a pixel
     Slices<A> slices;
+    Groups groups;
     std::int64_t most;  // pixels of a group
     // Of a group; wide ones are [slice][pixel][kStride].
     A* g;
@@ -103,24 +149,26 @@ struct NestedBlockSlices {
     A *slice_mean, *slice_squares;  // [slice][pixel]
     A *mean, *rstd;                 // [pixel]
 
-    struct Group {
-        std::int64_t first, pixels;  // of the tensors' pixels
-    };
+    using Group = Groups::Group;
 
     static NestedBlockSlices plan(const NestedBlockFwdParams& p) {
-        const std::int64_t most = images_of_group(p.N, p.H, p.W) * p.H * p.W;
-        return {p, NestedBlockRows<T>::plan(p), {p.D}, most, {}, {}, {}, {}, {}, {}, {}, {}};
-    }
-    std::int64_t groups() const {
-        const std::int64_t images = images_of_group(p.N, p.H, p.W);
-        return (p.N + images - 1) / images;
-    }
-    Group group(std::int64_t i) const {
-        const Range images = part_of(p.N, groups(), i);
-        return {images.begin * p.H * p.W, (images.end - images.begin) * p.H * p.W};
+        const auto groups = Groups::plan(p.N, p.H, p.W);
+        return {p,
+                NestedBlockRows<T>::plan(p),
+                {p.D},
+                groups,
+                groups.most(),
+                {},
+                {},
+                {},
+                {},
+                {},
+                {},
+                {},
+                {}};
     }
 
-    // Memory of the call. `mean` and `rstd` may be given.
+    // Memory of the call.
     void take_memory(Carver& carver) {
         const std::int64_t wide = slices.count() * most * kStride;
         g = carver.take<A>(wide);
@@ -137,65 +185,71 @@ struct NestedBlockSlices {
         rstd = carver.take<A>(most);
     }
 
-    // Units of a phase over slices: of all images of a group, or of fewer for many threads.
-    std::int64_t image_parts(const Group& group) const {
-        const std::int64_t images = group.pixels / (p.H * p.W), threads = num_threads();
-        const std::int64_t wanted = (2 * threads + slices.count() - 1) / slices.count();
-        return wanted < images ? wanted : images;
-    }
+    // f(group, slice, pixels, scratch) for all images of a group, or for fewer on many threads.
     template <class F>
-    void over_slices(const Group& group, std::size_t scratch_bytes, const F& f) const {
-        const std::int64_t parts = image_parts(group), size = p.H * p.W;
-        each_unit(slices.count() * parts, scratch_bytes, [&](std::int64_t unit, char* scratch) {
-            const Range images = part_of(group.pixels / size, parts, unit % parts);
-            f(slices.at(unit / parts), Range{images.begin * size, images.end * size}, scratch);
-        });
+    auto over_slices(std::size_t scratch_bytes, const F& f) const {
+        const std::int64_t threads = num_threads(), count = slices.count();
+        const std::int64_t wanted = (2 * threads + count - 1) / count;
+        const std::int64_t parts = wanted < groups.images ? wanted : groups.images;
+        const auto part = [this, parts, f](std::int64_t index, std::int64_t unit, char* scratch) {
+            const Group group = groups.at(index);
+            const Range images = part_of(group.pixels / groups.size, parts, unit % parts);
+            const Range pixels{images.begin * groups.size, images.end * groups.size};
+            f(group, slices.at(unit / parts), pixels, scratch);
+        };
+        return GroupPhase(count * parts, scratch_bytes, part);
     }
 
-    // What is kept: h and u of the group's pixels, or null.
-    struct Kept {
-        T *h, *u;
-    };
-
-    void run_group(const Group& group, const Kept& kept) {
-        run_wide(group, kept, nullptr, nullptr, nullptr);
-        linear_of_slices<E>(
-            slices, v, most,
-            {nullptr, 0, rows.fc2_weight, rows.fc2_bias, t, rows.narrow, group.pixels, p.D, p.C});
-        const std::int64_t parts = (group.pixels + kLeastRows - 1) / kLeastRows;
-        each_unit(parts, 0, [&](std::int64_t unit, char*) {
-            const Range pixels = part_of(group.pixels, parts, unit);
-            for (std::int64_t i = pixels.begin; i < pixels.end; ++i) {
-                rows.leave_pixel(t + i * rows.narrow, group.first + i);
+    // All groups after what is in `work`. h and u are kept where they are not null.
+    void run(Phases& work, T* h, T* u) {
+        const auto of = [this](T* tensor, const Group& group) {
+            return tensor == nullptr ? nullptr : tensor + group.first * p.D;
+        };
+        const auto convert = convert_x();
+        const auto enter =
+            over_slices(0, [&](const Group& group, const auto& slice, Range pixels, char*) {
+                enter_slice(group, slice, pixels, of(h, group), nullptr, true);
+            });
+        const auto finish = groups.over_pixels(
+            [this](const Group& group, std::int64_t, Range pixels) { statistics(group, pixels); });
+        const auto convolve = over_slices(
+            conv_bytes(), [&](const Group& group, const auto& slice, Range pixels, char* scratch) {
+                convolve_slice(slice, pixels, mean, rstd, of(u, group), scratch);
+            });
+        const auto reduce = linear_of_slices<E>(
+            groups, slices, v,
+            {nullptr, 0, rows.fc2_weight, rows.fc2_bias, t, rows.narrow, 0, p.D, p.C});
+        const auto leave =
+            groups.over_pixels([this](const Group& group, std::int64_t, Range pixels) {
+                for (std::int64_t i = pixels.begin; i < pixels.end; ++i) {
+                    rows.leave_pixel(t + i * rows.narrow, group.first + i);
+                }
+            });
+        for (std::int64_t i = 0; i < groups.count(); ++i) {
+            if (!rows.reads_x()) work.add(convert.of(i));
+            for (const Units& units :
+                 {enter.of(i), finish.of(i), convolve.of(i), reduce.of(i), leave.of(i)}) {
+                work.add(units);
             }
-        });
+        }
+        work.run();
     }
 
-    // v, and what is kept. Where h of the group and the statistics are given they are read.
-    void run_wide(const Group& group, const Kept& kept, const T* h, const A* given_mean,
-                  const A* given_rstd) {
-        if (h == nullptr && !rows.reads_x()) convert_x(group);
-        over_slices(group, 0, [&](const auto& slice, Range pixels, char*) {
-            enter_slice(group, slice, pixels, kept.h, h, given_mean == nullptr);
-        });
-        if (given_mean == nullptr) finish_statistics(group);
-        const A* m = given_mean == nullptr ? mean : given_mean;
-        const A* r = given_mean == nullptr ? rstd : given_rstd;
-        over_slices(group, conv_bytes(), [&](const auto& slice, Range pixels, char* scratch) {
-            convolve_slice(slice, pixels, m, r, kept.u, scratch);
+    auto convert_x() const {
+        return groups.over_pixels([this](const Group& group, std::int64_t, Range pixels) {
+            convert_pixels(group, pixels);
         });
     }
-
-    void convert_x(const Group& group) const {
+    void convert_pixels(const Group& group, Range pixels) const {
         const T* in = static_cast<const T*>(p.x) + group.first * p.C;
-        for (std::int64_t i = 0; i < group.pixels; ++i) {
+        for (std::int64_t i = pixels.begin; i < pixels.end; ++i) {
             over_channels<A>(p.C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
                 store_operand(x + i * rows.narrow + c, load_as(in + i * p.C + c, lanes));
             });
         }
     }
 
-    // g, and its statistics over the slice.
+    // g, from h where it is given, and its statistics over the slice.
     void enter_slice(const Group& group, const typename Slices<A>::Slice& slice, Range pixels,
                      T* kept_h, const T* h, bool statistics) const {
         A* out = g + slice.index * most * kStride;
@@ -242,23 +296,23 @@ struct NestedBlockSlices {
 
     // From those of the slices: squares about the whole mean are those about the slice's own and
     // n (slice mean - mean)^2, so nothing cancels.
-    void finish_statistics(const Group& group) const {
-        for (std::int64_t i = 0; i < group.pixels; ++i) mean[i] = rstd[i] = 0;
+    void statistics(const Group& group, Range pixels) const {
+        for (std::int64_t i = pixels.begin; i < pixels.end; ++i) mean[i] = rstd[i] = 0;
         const A each = A(1) / static_cast<A>(p.D);
         for (std::int64_t s = 0; s < slices.count(); ++s) {
             const A share = static_cast<A>(slices.at(s).channels) * each;
-            for (std::int64_t i = 0; i < group.pixels; ++i) {
+            for (std::int64_t i = pixels.begin; i < pixels.end; ++i) {
                 mean[i] += slice_mean[s * most + i] * share;
             }
         }
         for (std::int64_t s = 0; s < slices.count(); ++s) {
             const A channels = static_cast<A>(slices.at(s).channels);
-            for (std::int64_t i = 0; i < group.pixels; ++i) {
+            for (std::int64_t i = pixels.begin; i < pixels.end; ++i) {
                 const A off = slice_mean[s * most + i] - mean[i];
                 rstd[i] += slice_squares[s * most + i] + channels * (off * off);
             }
         }
-        for (std::int64_t i = 0; i < group.pixels; ++i) {
+        for (std::int64_t i = pixels.begin; i < pixels.end; ++i) {
             rstd[i] = A(1) / square_root(rstd[i] * each + static_cast<A>(p.eps));
             if (p.mean != nullptr) static_cast<A*>(p.mean)[group.first + i] = mean[i];
             if (p.rstd != nullptr) static_cast<A*>(p.rstd)[group.first + i] = rstd[i];

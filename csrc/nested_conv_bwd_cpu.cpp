@@ -78,10 +78,11 @@ void backward(const NestedConvBwdParams& p) {
                                    {p.dconv_weight != nullptr, p.dconv_bias != nullptr, norm}),
         bands, chunk_count(p.N * bands, Partials<A>::bytes(p.C, p.K * p.K))};
     const CarvedScratch memory([&](Carver& carver) { f.rows.take_parameters(carver, f.chunks); });
-    f.rows.copy_parameters(p.conv_weight, p.ln_weight, p.ln_bias);
+    f.rows.copy_parameters(p.ln_weight, p.ln_bias);
+    auto copy = f.rows.weight_copy(p.conv_weight);
+    auto sum = f.rows.partials.sum_into(p.dconv_weight, p.dconv_bias, p.dln_weight, p.dln_bias);
     const std::size_t scratch = bytes_of([&](Carver& carver) { f.rows.take_scratch(carver); });
-    run_units({f.chunks, scratch, f.prepare, f.run_chunk, &f});
-    f.rows.partials.sum(p.dconv_weight, p.dconv_bias, p.dln_weight, p.dln_bias);
+    run_phases({copy.units(), {f.chunks, scratch, f.prepare, f.run_chunk, &f}, sum.units()});
 }
 
 }  // namespace

@@ -70,11 +70,12 @@ struct NestedConvBwdRows {
         ln_bias = carver.take<A>(step.channels);
         partials = Partials<A>::take(carver, chunks, C, taps);
     }
-    void copy_parameters(const void* conv_weight, const void* weight, const void* bias) const {
+    void copy_parameters(const void* weight, const void* bias) const {
         copy_parameter(weight, A(1), C, ln_weight);
         copy_parameter(bias, A(0), C, ln_bias);
-        const A* given = static_cast<const A*>(conv_weight);
-        WeightCopy<A>{given, weight_flip, C, step.K * step.K, true}.run();
+    }
+    WeightCopy<A> weight_copy(const void* conv_weight) const {
+        return {static_cast<const A*>(conv_weight), weight_flip, C, step.K * step.K, true};
     }
 
     Scratch take_scratch(Carver& carver) const {

@@ -77,10 +77,10 @@ void forward(const NestedConvFwdParams& p) {
         f.rows.take_weights(carver);
         f.rows.take_vectors(carver);
     });
-    f.rows.pack_weights(p.conv_weight);
+    auto copy = f.rows.weight_copy(p.conv_weight);
     f.rows.copy_vectors({p.conv_bias, p.ln_weight, p.ln_bias});
     const std::size_t scratch = bytes_of([&](Carver& carver) { f.rows.take_scratch(carver); });
-    run_units({p.N * f.bands, scratch, f.prepare, f.run_unit, &f});
+    run_phases({copy.units(), {p.N * f.bands, scratch, f.prepare, f.run_unit, &f}});
 }
 
 }  // namespace

@@ -51,8 +51,8 @@ struct NestedConvRows {
 
     // Parameters, shared by all workers.
     void take_weights(Carver& carver) { weight = carver.take<A>(step.channels * step.K * step.K); }
-    void pack_weights(const void* conv_weight) const {
-        WeightCopy<A>{static_cast<const A*>(conv_weight), weight, C, step.K * step.K, false}.run();
+    WeightCopy<A> weight_copy(const void* conv_weight) const {
+        return {static_cast<const A*>(conv_weight), weight, C, step.K * step.K, false};
     }
     void take_vectors(Carver& carver) {
         conv_bias = carver.take<A>(step.channels);

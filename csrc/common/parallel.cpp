@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
@@ -59,29 +60,73 @@ thread_local Arena call_arena;
 
 // ---- a job, and the ways to run it ----
 
-struct Job {
-    const Units& units;
-    std::atomic<std::int64_t> next{0};
-    std::atomic<bool> out_of_memory{false};
-};
+// Units of all phases, counted on. They are taken in this order, so the first one that has not
+// ended never waits.
+class Job {
+  public:
+    Job(const Units* phases, std::size_t count) : phases_(phases) {
+        for (std::size_t i = 0; i < count; ++i) {
+            total_ += phases[i].count;
+            if (phases[i].count > most_) most_ = phases[i].count;
+            if (phases[i].scratch_bytes > scratch_bytes_) scratch_bytes_ = phases[i].scratch_bytes;
+        }
+    }
 
-void drain(Job& job) noexcept {
-    if (job.next.load(std::memory_order_relaxed) >= job.units.count) return;
-    char* scratch = worker_arena.reserve(job.units.scratch_bytes + 1);
-    if (scratch == nullptr) {
-        job.out_of_memory = true;
-        return;
+    // Of the widest phase.
+    std::int64_t most() const { return most_; }
+    bool out_of_memory() const { return out_of_memory_; }
+
+    // What a worker does, until no unit is left to take.
+    void drain() noexcept {
+        if (next_.load(std::memory_order_relaxed) >= total_) return;
+        char* scratch = worker_arena.reserve(scratch_bytes_ + 1);
+        if (scratch == nullptr) {
+            out_of_memory_ = true;
+            return;
+        }
+        const Units* phase = phases_;
+        std::int64_t begin = 0;
+        bool prepared = false;
+        for (;;) {
+            const std::int64_t unit = next_.fetch_add(1, std::memory_order_relaxed);
+            if (unit >= total_) break;
+            for (; unit >= begin + phase->count; ++phase) {
+                begin += phase->count;
+                prepared = false;
+            }
+            wait_for(begin);
+            if (!prepared && phase->prepare != nullptr) phase->prepare(scratch, phase->context);
+            prepared = true;
+            phase->run(phase->first + unit - begin, scratch, phase->context);
+            if (ended_.fetch_add(1) + 1 == begin + phase->count) {
+                const std::lock_guard<std::mutex> lock(mutex_);
+                wake_.notify_all();
+            }
+        }
+        worker_arena.trim();
     }
-    bool prepared = job.units.prepare == nullptr;
-    for (;;) {
-        const std::int64_t unit = job.next.fetch_add(1, std::memory_order_relaxed);
-        if (unit >= job.units.count) break;
-        if (!prepared) job.units.prepare(scratch, job.units.context);
-        prepared = true;
-        job.units.run(unit, scratch, job.units.context);
+
+  private:
+    // Until the first `units` have ended. Awake for as long as it would take to fall asleep and be
+    // woken up, then asleep: the core may have other work.
+    void wait_for(std::int64_t units) {
+        if (ended_ >= units) return;
+        const auto start = std::chrono::steady_clock::now();
+        while (std::chrono::steady_clock::now() - start < std::chrono::microseconds(100)) {
+            if (ended_ >= units) return;
+        }
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return ended_ >= units; });
     }
-    worker_arena.trim();
-}
+
+    const Units* phases_;
+    std::int64_t total_ = 0, most_ = 0;
+    std::size_t scratch_bytes_ = 0;
+    std::atomic<std::int64_t> next_{0}, ended_{0};
+    std::atomic<bool> out_of_memory_{false};
+    std::mutex mutex_;
+    std::condition_variable wake_;
+};
 
 // Our own pool. One job at a time: a second caller runs its job alone.
 class Pool {
@@ -109,14 +154,14 @@ class Pool {
 
     void run(Job& job) {
         const std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);
-        if (!busy.owns_lock()) return drain(job);
+        if (!busy.owns_lock()) return job.drain();
         {
             const std::lock_guard<std::mutex> lock(mutex_);
             job_ = &job;
             ++generation_;
         }
         wake_.notify_all();
-        drain(job);
+        job.drain();
         std::unique_lock<std::mutex> lock(mutex_);
         job_ = nullptr;  // a worker that wakes up late finds nothing
         done_.wait(lock, [this] { return active_ == 0; });
@@ -134,7 +179,7 @@ class Pool {
             Job& job = *job_;
             ++active_;
             lock.unlock();
-            drain(job);
+            job.drain();
             lock.lock();
             if (--active_ == 0) done_.notify_all();
         }
@@ -185,25 +230,33 @@ Pool& own_pool() {
     return *pool;
 }
 
-}  // namespace
-
-void run_units(const Units& units) {
-    Job job{units};
+void run(Job&& job) {
     const std::int64_t threads = num_threads();
-    if (units.count <= 1 || threads <= 1) {
-        drain(job);
+    if (job.most() <= 1 || threads <= 1) {
+        job.drain();
     } else if (const auto parallel_for = torch_parallel_for.load()) {
-        const std::int64_t ranges = threads < units.count ? threads : units.count;
+        const std::int64_t ranges = threads < job.most() ? threads : job.most();
         const auto body = [](std::int64_t, std::int64_t, void* context) {
-            drain(*static_cast<Job*>(context));
+            static_cast<Job*>(context)->drain();
         };
-        if (parallel_for(0, ranges, 1, body, &job) != 0) drain(job);
+        if (parallel_for(0, ranges, 1, body, &job) != 0) job.drain();
     } else {
         own_pool().run(job);
         --pool_users;
     }
-    if (job.out_of_memory) throw std::bad_alloc();
+    if (job.out_of_memory()) throw std::bad_alloc();
 }
+
+}  // namespace
+
+void run_units(const Units& units) { run(Job(&units, 1)); }
+
+Phases::Phases() = default;
+Phases::~Phases() = default;
+void Phases::add(const Units& units) { phases_.push_back(units); }
+void Phases::run() const { convnest::run(Job(phases_.data(), phases_.size())); }
+
+void run_phases(std::initializer_list<Units> phases) { run(Job(phases.begin(), phases.size())); }
 
 int num_threads() {
     if (const auto get = torch_num_threads.load()) {

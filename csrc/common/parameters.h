@@ -50,7 +50,7 @@ struct WeightCopy {
             }
         }
     }
-    void run() { run_units({block_count<A>(C), 0, nullptr, run_block, this}); }
+    Units units() { return {block_count<A>(C), 0, nullptr, run_block, this}; }
 };
 
 // The sums of one kernel call, one partial per chunk: [taps * Cp] in reversed order of taps and
@@ -72,9 +72,15 @@ struct Partials {
         return {carver.take<A>(chunks * size(C, taps)), chunks, C, taps};
     }
 
-    void clear(std::int64_t chunk) const {
-        A* partial = data + chunk * size(C, taps);
-        for (std::int64_t i = 0; i < size(C, taps); ++i) partial[i] = 0;
+    void clear(std::int64_t chunk) const { clear(chunk, 0, block_count<A>(C)); }
+    // Of `count` blocks.
+    void clear(std::int64_t chunk, std::int64_t block, std::int64_t count) const {
+        A* of_taps = weight(chunk, block);
+        for (std::int64_t i = 0; i < count * taps * L; ++i) of_taps[i] = 0;
+        for (int which = 0; which < kVectors; ++which) {
+            A* row = vector(chunk, static_cast<Vector>(which)) + block * L;
+            for (std::int64_t i = 0; i < count * L; ++i) row[i] = 0;
+        }
     }
     A* weight(std::int64_t chunk, std::int64_t block) const {
         return data + chunk * size(C, taps) + block * taps * L;
@@ -92,27 +98,26 @@ struct Partials {
     }
 
     // The sums over chunks into the gradients that are wanted (not null).
-    void sum(void* dweight, void* dbias, void* dgamma, void* dbeta) const {
-        Targets targets{this,
-                        static_cast<A*>(dweight),
-                        {static_cast<A*>(dbias), static_cast<A*>(dgamma), static_cast<A*>(dbeta)}};
-        run_units({block_count<A>(C), 0, nullptr, sum_block, &targets});
-    }
-
-  private:
-    struct Targets {
+    struct Sum {
         const Partials* partials;
         A* weight;
         A* vectors[kVectors];
+        Units units() { return {block_count<A>(partials->C), 0, nullptr, sum_block, this}; }
     };
+    Sum sum_into(void* dweight, void* dbias, void* dgamma, void* dbeta) const {
+        return {this,
+                static_cast<A*>(dweight),
+                {static_cast<A*>(dbias), static_cast<A*>(dgamma), static_cast<A*>(dbeta)}};
+    }
 
+  private:
     Vec<A> over_chunks(const A* first) const {
         Vec<A> total = load(first);
         for (std::int64_t i = 1; i < chunks; ++i) total += load(first + i * size(C, taps));
         return total;
     }
     static void sum_block(std::int64_t block, char*, void* context) {
-        const Targets& targets = *static_cast<const Targets*>(context);
+        const Sum& targets = *static_cast<const Sum*>(context);
         const Partials& p = *targets.partials;
         const std::int64_t c = block * L, lanes = p.C - c < L ? p.C - c : L;
         for (int tap = 0; targets.weight != nullptr && tap < p.taps; ++tap) {
