@@ -1,8 +1,9 @@
 // nested_block forward; the formula is in nested_block.h.
 //
 // Reads x; writes y, and what is kept for backward. A unit is a band of rows of one image
-// (nested_block_rows.h), and nothing is computed twice but the halo rows of neighbouring bands; or,
-// for small maps, a slice of the channels of a few images (nested_block_slices.h).
+// (nested_block_rows.h), after a phase of the rows about the bands' edges; nothing is computed
+// twice but the norm of these. For small maps it is a slice of the channels of a few images
+// (nested_block_slices.h).
 #include "common/call.h"
 #include "nested_block_rows.h"
 #include "nested_block_slices.h"
@@ -12,8 +13,42 @@ namespace {
 
 template <class T>
 struct Forward {
+    using A = Accumulate<T>;
+
     NestedBlockRows<T> rows;
-    std::int64_t bands;
+    std::int64_t bands, edges;  // of an image; no edges: none are shared
+    A* edge_rows;               // [N][edges][K - 1][W][Dp]: g
+
+    static Forward plan(const NestedBlockFwdParams& p) {
+        const std::int64_t bands = forward_bands(p.N, p.H, p.K, num_threads());
+        return {NestedBlockRows<T>::plan(p), bands, share_edges(p.H, bands, p.K) ? bands - 1 : 0,
+                nullptr};
+    }
+    std::int64_t edge_units() const { return rows.p.N * edges * (rows.p.K - 1); }
+
+    void take_memory(Carver& carver) {
+        rows.take_parameters(carver);
+        edge_rows = carver.take<A>(edge_units() * rows.edge_row());
+    }
+    typename NestedBlockRows<T>::Kept kept() const {
+        return {static_cast<T*>(rows.p.h), static_cast<T*>(rows.p.u), 0};
+    }
+    // Between a band and the one below.
+    const A* edge(std::int64_t n, std::int64_t band) const {
+        if (band < 0 || band >= edges) return nullptr;
+        return edge_rows + (n * edges + band) * (rows.p.K - 1) * rows.edge_row();
+    }
+
+    static void run_edge_row(std::int64_t unit, char* base, void* context) {
+        const Forward& f = *static_cast<const Forward*>(context);
+        const NestedBlockFwdParams& p = f.rows.p;
+        Carver carver(base);
+        const std::int64_t edge = unit / (p.K - 1);
+        const Range above = part_of(p.H, f.bands, edge % f.edges);
+        f.rows.make_edge_row(f.rows.take_scratch(carver), edge / f.edges,
+                             above.end - p.K / 2 + unit % (p.K - 1), f.kept(),
+                             f.edge_rows + unit * f.rows.edge_row());
+    }
 
     static void prepare(char* base, void* context) {
         const Forward& f = *static_cast<const Forward*>(context);
@@ -21,13 +56,13 @@ struct Forward {
         f.rows.take_scratch(carver).wide.z.clear_padding();
     }
 
-    static void run_unit(std::int64_t unit, char* base, void* context) {
+    static void run_band(std::int64_t unit, char* base, void* context) {
         const Forward& f = *static_cast<const Forward*>(context);
         const NestedBlockFwdParams& p = f.rows.p;
         Carver carver(base);
-        f.rows.run_band(f.rows.take_scratch(carver), unit / f.bands,
-                        part_of(p.H, f.bands, unit % f.bands),
-                        {static_cast<T*>(p.h), static_cast<T*>(p.u), 0});
+        const std::int64_t n = unit / f.bands, band = unit % f.bands;
+        f.rows.run_band(f.rows.take_scratch(carver), n, part_of(p.H, f.bands, band), f.kept(),
+                        {f.edge(n, band - 1), f.edge(n, band)});
     }
 };
 
@@ -49,16 +84,13 @@ void forward_slices(const NestedBlockFwdParams& p) {
 template <class T>
 void forward(const NestedBlockFwdParams& p) {
     if (in_slices(p.H, p.W, p.D)) return forward_slices<T>(p);
-    Forward<T> f{NestedBlockRows<T>::plan(p), forward_bands(p.N, p.H, p.K, num_threads())};
-    Carver parameters(nullptr), scratch(nullptr);
-    f.rows.take_parameters(parameters);
-    f.rows.take_scratch(scratch);
-    const CallScratch memory(parameters.used());
-    Carver carver(memory.data());
-    f.rows.take_parameters(carver);
+    auto f = Forward<T>::plan(p);
+    const CarvedScratch memory([&](Carver& carver) { f.take_memory(carver); });
+    const std::size_t scratch = bytes_of([&](Carver& carver) { f.rows.take_scratch(carver); });
     Phases work;
     f.rows.copy_parameters(work);
-    work.add({p.N * f.bands, scratch.used(), f.prepare, f.run_unit, &f});
+    work.add({f.edge_units(), scratch, nullptr, f.run_edge_row, &f});
+    work.add({p.N * f.bands, scratch, f.prepare, f.run_band, &f});
     work.run();
 }
 

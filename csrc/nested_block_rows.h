@@ -2,7 +2,8 @@
 //
 // A band marches down its image: the rows that a step still needs pass the first layer into
 // scratch memory and enter the ring of z; the step's rows are convolved, pass the outer GELU in
-// place, the second layer and the last norm. Backward uses it to compute h and u again.
+// place, the second layer and the last norm. g of the rows about an edge, which two bands need, can
+// be made before them, for both. Backward uses all this to compute h and u again.
 #pragma once
 
 #include <type_traits>
@@ -135,20 +136,75 @@ struct NestedBlockRows {
         std::int64_t origin;
     };
 
-    void run_band(const Scratch& s, std::int64_t n, Range band, const Kept& kept) const {
+    // g of the K - 1 rows about an edge of a band, as make_edge_row leaves it; null: the band
+    // computes its neighbour's rows again.
+    struct Edges {
+        const A *above, *below;
+    };
+    std::int64_t edge_row() const { return p.W * wide.step.pixel; }
+
+    void run_band(const Scratch& s, std::int64_t n, Range band, const Kept& kept,
+                  const Edges& edges = {}) const {
         const RowStep<A>& step = wide.step;
+        const Range inner{edges.above == nullptr ? 0 : band.begin + p.K / 2,
+                          edges.below == nullptr ? p.H : band.end - p.K / 2};
         std::int64_t entered = step.first_row(band.begin);
         for (std::int64_t y = band.begin; y < band.end; y += step.rows) {
             const std::int64_t count = band.end - y < step.rows ? band.end - y : step.rows;
-            while (entered < step.end_row(y + count)) {
-                const std::int64_t left = step.end_row(y + count) - entered;
+            const std::int64_t end = step.end_row(y + count);
+            for (; entered < end && entered < inner.begin; ++entered) {
+                enter_edge_row(s, n, entered, band,
+                               edges.above + (entered - band.begin + p.K / 2) * edge_row());
+            }
+            while (entered < end && entered < inner.end) {
+                const std::int64_t left = (end < inner.end ? end : inner.end) - entered;
                 const std::int64_t rows = left < step.rows ? left : step.rows;
                 enter_rows(s, n, entered, rows, band, kept);
                 entered += rows;
             }
+            for (; entered < end; ++entered) {
+                enter_edge_row(s, n, entered, band,
+                               edges.below + (entered - inner.end) * edge_row());
+            }
             wide.convolve(s.wide, y, count);
             leave_rows(s, n, y, count, kept);
         }
+    }
+
+    // g of image row y of n, and h where it is kept.
+    void make_edge_row(const Scratch& s, std::int64_t n, std::int64_t y, const Kept& kept,
+                       A* g) const {
+        const std::int64_t first = (n * p.H + y) * p.W;
+        expand(s, first, p.W);
+        for (std::int64_t x = 0; x < p.W; ++x) {
+            T* kept_h = kept.h == nullptr ? nullptr : kept.h + (first + x - kept.origin) * p.D;
+            const std::int64_t at = x * wide.step.pixel;
+            over_channels<A>(p.D, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+                const auto h = rounded_to<T>(load_all(s.wide.conv + at + c, lanes));
+                if (kept_h != nullptr) store_as(kept_h + c, h, lanes);
+                store_all(g + at + c, gelu_of<T>(h));
+            });
+        }
+    }
+
+    void enter_edge_row(const Scratch& s, std::int64_t n, std::int64_t y, Range band,
+                        const A* g) const {
+        const auto owned = statistics_of(n, y, band);
+        wide.enter_row(s.wide, y, owned.mean, owned.rstd,
+                       [&](std::int64_t x, std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+                           return load_all(g + x * wide.step.pixel + c, lanes);
+                       });
+    }
+
+    // Where those of image row y go; null: they are not kept, or not by this band.
+    struct RowStatistics {
+        A *mean, *rstd;
+    };
+    RowStatistics statistics_of(std::int64_t n, std::int64_t y, Range band) const {
+        const std::int64_t row = (n * p.H + y) * p.W;
+        if (y < band.begin || y >= band.end) return {};
+        return {p.mean == nullptr ? nullptr : static_cast<A*>(p.mean) + row,
+                p.rstd == nullptr ? nullptr : static_cast<A*>(p.rstd) + row};
     }
 
     void enter_rows(const Scratch& s, std::int64_t n, std::int64_t y, std::int64_t count,
@@ -157,25 +213,25 @@ struct NestedBlockRows {
         if (given_h == nullptr) expand(s, first, count * p.W);
         for (std::int64_t r = 0; r < count; ++r) {
             const std::int64_t row = first + r * p.W;
-            const bool owned = y + r >= band.begin && y + r < band.end;
-            A* mean = owned && p.mean != nullptr ? static_cast<A*>(p.mean) + row : nullptr;
-            A* rstd = owned && p.rstd != nullptr ? static_cast<A*>(p.rstd) + row : nullptr;
+            const auto owned = statistics_of(n, y + r, band);
             if (given_h != nullptr) {
                 const T* h = given_h + row * p.D;
-                wide.enter_row(
-                    s.wide, y + r, mean, rstd,
-                    [&](std::int64_t i, std::int64_t c, auto lanes)
-                        CONVNEST_INLINE_LAMBDA { return load_as(h + i * p.D + c, lanes); });
+                wide.enter_row(s.wide, y + r, owned.mean, owned.rstd,
+                               [&](std::int64_t i, std::int64_t c, auto lanes)
+                                   CONVNEST_INLINE_LAMBDA {
+                                       return gelu_of<T>(load_as(h + i * p.D + c, lanes));
+                                   });
                 continue;
             }
             const A* h = s.wide.conv + r * p.W * stride;
-            T* kept_h = owned && kept.h != nullptr ? kept.h + (row - kept.origin) * p.D : nullptr;
-            wide.enter_row(s.wide, y + r, mean, rstd,
+            const bool keeps = kept.h != nullptr && y + r >= band.begin && y + r < band.end;
+            T* kept_h = keeps ? kept.h + (row - kept.origin) * p.D : nullptr;
+            wide.enter_row(s.wide, y + r, owned.mean, owned.rstd,
                            [&](std::int64_t i, std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
                                const auto value =
                                    rounded_to<T>(load_all(h + i * stride + c, lanes));
                                if (kept_h != nullptr) store_as(kept_h + i * p.D + c, value, lanes);
-                               return value;
+                               return gelu_of<T>(value);
                            });
         }
     }

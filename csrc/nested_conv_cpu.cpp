@@ -52,7 +52,7 @@ struct Forward {
         A* rstd = owned && p.rstd != nullptr ? static_cast<A*>(p.rstd) + first : nullptr;
         rows.enter_row(s, y, mean, rstd,
                        [&](std::int64_t x, std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-                           return load_ahead(h_row + x * p.C + c, lanes);
+                           return gelu_of<T>(load_ahead(h_row + x * p.C + c, lanes));
                        });
     }
 

@@ -1,10 +1,10 @@
 // The forward pass of nested_conv on the rows of one band, for nested_conv and nested_block, which
 // differ in where rows come from and where they go.
 //
-// enter_row gives a row of z (into the ring, in the accumulate type) and of g (kept for the
-// shortcut), with GELU once per element; convolve does the rows of a step from the ring; leave_row
-// adds bias and shortcut and applies the outer GELU, pixel by pixel. The strided accesses stay in
-// scratch memory of (K - 1 + S) rows, which is what fits the L2 cache.
+// enter_row takes a row of g, keeps it for the shortcut and gives z (into the ring, in the
+// accumulate type); convolve does the rows of a step from the ring; leave_row adds bias and
+// shortcut and applies the outer GELU, pixel by pixel. The strided accesses stay in scratch memory
+// of (K - 1 + S) rows, which is what fits the L2 cache.
 #pragma once
 
 #include <cstdint>
@@ -73,17 +73,15 @@ struct NestedConvRows {
         return s;
     }
 
-    // g and z of image row y, and the statistics of its pixels where they are kept (not null).
-    // h(x, c, lanes) is a Pack of the row's input.
+    // z of image row y, and the statistics of its pixels where they are kept (not null).
+    // g(x, c, lanes) is a Pack of GELU(h).
     template <class F>
     CONVNEST_INLINE_LAMBDA void enter_row(const Scratch& s, std::int64_t y, A* mean, A* rstd,
-                                          F&& h) const {
+                                          F&& g) const {
         A* g_row = s.g + (y % kept_rows) * step.W * step.pixel;
         A* z_row = s.z.row(0, y) + s.z.pad * L;
         norm_rows(
-            step.W, C, eps,
-            [&](std::int64_t x, std::int64_t c, auto lanes)
-                CONVNEST_INLINE_LAMBDA { return gelu_of<T>(h(x, c, lanes)); },
+            step.W, C, eps, g,
             [&](std::int64_t x) CONVNEST_INLINE_LAMBDA { return g_row + x * step.pixel; },
             [&](std::int64_t x, const Statistics<A>& stats) CONVNEST_INLINE_LAMBDA {
                 if (mean != nullptr) mean[x] = stats.mean;

@@ -36,6 +36,12 @@ static inline std::int64_t forward_bands(std::int64_t N, std::int64_t H, int K, 
     return best;
 }
 
+// Whether neighbouring bands of nested_block share the first layer and GELU of the K - 1 rows about
+// their edge: where they are long enough that the rows of two edges do not meet.
+static inline bool share_edges(std::int64_t H, std::int64_t bands, int K) {
+    return bands > 1 && H / bands >= K - 1;
+}
+
 // Bands per image for a backward pass: of the shape only, so that the order of every sum is too.
 // A band has 2 K rows or more, since K - 1 halo rows are computed again.
 static inline std::int64_t backward_bands(std::int64_t N, std::int64_t H, int K) {
