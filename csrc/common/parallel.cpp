@@ -1,5 +1,7 @@
 #include "parallel.h"
 
+#include "partition.h"
+
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -60,53 +62,75 @@ thread_local Arena call_arena;
 
 // ---- a job, and the ways to run it ----
 
-// Units of all phases, counted on. They are taken in this order, so the first one that has not
-// ended never waits.
+// Each worker has a part of every phase, and helps with those of others once it is done: so a
+// worker meets the same slices of data in one phase after the other, in its own caches.
 class Job {
   public:
-    Job(const Units* phases, std::size_t count) : phases_(phases) {
+    Job(const Units* phases, std::size_t count, int threads) : phases_(phases), count_(count) {
+        std::int64_t most = 0;
         for (std::size_t i = 0; i < count; ++i) {
-            total_ += phases[i].count;
-            if (phases[i].count > most_) most_ = phases[i].count;
+            if (phases[i].count > most) most = phases[i].count;
             if (phases[i].scratch_bytes > scratch_bytes_) scratch_bytes_ = phases[i].scratch_bytes;
         }
+        workers_ = most < threads ? most : threads;
+        parts_ = std::vector<Part>(static_cast<std::size_t>(workers_));
     }
 
-    // Of the widest phase.
-    std::int64_t most() const { return most_; }
+    // At most as many as the widest phase has units.
+    std::int64_t workers() const { return workers_; }
     bool out_of_memory() const { return out_of_memory_; }
 
-    // What a worker does, until no unit is left to take.
-    void drain() noexcept {
-        if (next_.load(std::memory_order_relaxed) >= total_) return;
+    // What the i-th worker does, until no unit is left to take.
+    void work(std::int64_t worker) noexcept {
         char* scratch = worker_arena.reserve(scratch_bytes_ + 1);
         if (scratch == nullptr) {
             out_of_memory_ = true;
             return;
         }
-        const Units* phase = phases_;
-        std::int64_t begin = 0;
-        bool prepared = false;
-        for (;;) {
-            const std::int64_t unit = next_.fetch_add(1, std::memory_order_relaxed);
-            if (unit >= total_) break;
-            for (; unit >= begin + phase->count; ++phase) {
-                begin += phase->count;
-                prepared = false;
+        std::int64_t ended = 0;  // of the phases before
+        for (std::size_t i = 0; i < count_; ++i) {
+            const Units& phase = phases_[i];
+            bool prepared = phase.prepare == nullptr;
+            for (std::int64_t k = 0; k < workers_; ++k) {
+                const std::int64_t part = (worker + k) % workers_;
+                for (std::int64_t unit; (unit = take(part, i)) >= 0;) {
+                    wait_for(ended);
+                    if (!prepared) phase.prepare(scratch, phase.context);
+                    prepared = true;
+                    phase.run(phase.first + unit, scratch, phase.context);
+                    if (ended_.fetch_add(1) + 1 == ended + phase.count) {
+                        const std::lock_guard<std::mutex> lock(mutex_);
+                        wake_.notify_all();
+                    }
+                }
             }
-            wait_for(begin);
-            if (!prepared && phase->prepare != nullptr) phase->prepare(scratch, phase->context);
-            prepared = true;
-            phase->run(phase->first + unit - begin, scratch, phase->context);
-            if (ended_.fetch_add(1) + 1 == begin + phase->count) {
-                const std::lock_guard<std::mutex> lock(mutex_);
-                wake_.notify_all();
-            }
+            ended += phase.count;
         }
         worker_arena.trim();
     }
 
   private:
+    // The phase that a part is in, and how many of its units are taken: alone on a cache line.
+    struct alignas(64) Part {
+        std::atomic<std::uint64_t> state{0};
+    };
+
+    // The next unit of a part of a phase; -1: none is left.
+    std::int64_t take(std::int64_t part, std::uint64_t phase) {
+        const Range units = part_of(phases_[phase].count, workers_, part);
+        std::atomic<std::uint64_t>& state = parts_[static_cast<std::size_t>(part)].state;
+        for (std::uint64_t seen = state;;) {
+            // A part that is still in an earlier phase has nothing left there.
+            const std::uint64_t taken = seen >> 32 == phase ? seen & 0xffffffffu : 0;
+            if (seen >> 32 > phase || units.begin + static_cast<std::int64_t>(taken) >= units.end) {
+                return -1;
+            }
+            if (state.compare_exchange_weak(seen, phase << 32 | (taken + 1))) {
+                return units.begin + static_cast<std::int64_t>(taken);
+            }
+        }
+    }
+
     // Until the first `units` have ended. Awake for as long as it would take to fall asleep and be
     // woken up, then asleep: the core may have other work.
     void wait_for(std::int64_t units) {
@@ -120,9 +144,11 @@ class Job {
     }
 
     const Units* phases_;
-    std::int64_t total_ = 0, most_ = 0;
+    const std::size_t count_;
+    std::int64_t workers_;
     std::size_t scratch_bytes_ = 0;
-    std::atomic<std::int64_t> next_{0}, ended_{0};
+    std::vector<Part> parts_;
+    std::atomic<std::int64_t> ended_{0};
     std::atomic<bool> out_of_memory_{false};
     std::mutex mutex_;
     std::condition_variable wake_;
@@ -134,7 +160,7 @@ class Pool {
     explicit Pool(int threads) : process_(getpid()) {
         for (int i = 1; i < threads; ++i) {
             try {
-                workers_.emplace_back([this] { work(); });
+                workers_.emplace_back([this, i] { work(i); });
             } catch (const std::system_error&) {
                 break;  // fewer threads, same results
             }
@@ -154,21 +180,21 @@ class Pool {
 
     void run(Job& job) {
         const std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);
-        if (!busy.owns_lock()) return job.drain();
+        if (!busy.owns_lock()) return job.work(0);
         {
             const std::lock_guard<std::mutex> lock(mutex_);
             job_ = &job;
             ++generation_;
         }
         wake_.notify_all();
-        job.drain();
+        job.work(0);
         std::unique_lock<std::mutex> lock(mutex_);
         job_ = nullptr;  // a worker that wakes up late finds nothing
         done_.wait(lock, [this] { return active_ == 0; });
     }
 
   private:
-    void work() {
+    void work(std::int64_t worker) {
         std::int64_t seen = 0;
         std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
@@ -179,7 +205,7 @@ class Pool {
             Job& job = *job_;
             ++active_;
             lock.unlock();
-            job.drain();
+            job.work(worker % job.workers());
             lock.lock();
             if (--active_ == 0) done_.notify_all();
         }
@@ -231,15 +257,13 @@ Pool& own_pool() {
 }
 
 void run(Job&& job) {
-    const std::int64_t threads = num_threads();
-    if (job.most() <= 1 || threads <= 1) {
-        job.drain();
+    if (job.workers() <= 1) {
+        if (job.workers() == 1) job.work(0);
     } else if (const auto parallel_for = torch_parallel_for.load()) {
-        const std::int64_t ranges = threads < job.most() ? threads : job.most();
-        const auto body = [](std::int64_t, std::int64_t, void* context) {
-            static_cast<Job*>(context)->drain();
+        const auto body = [](std::int64_t begin, std::int64_t, void* context) {
+            static_cast<Job*>(context)->work(begin);
         };
-        if (parallel_for(0, ranges, 1, body, &job) != 0) job.drain();
+        if (parallel_for(0, job.workers(), 1, body, &job) != 0) job.work(0);
     } else {
         own_pool().run(job);
         --pool_users;
@@ -249,14 +273,16 @@ void run(Job&& job) {
 
 }  // namespace
 
-void run_units(const Units& units) { run(Job(&units, 1)); }
+void run_units(const Units& units) { run(Job(&units, 1, num_threads())); }
 
 Phases::Phases() = default;
 Phases::~Phases() = default;
 void Phases::add(const Units& units) { phases_.push_back(units); }
-void Phases::run() const { convnest::run(Job(phases_.data(), phases_.size())); }
+void Phases::run() const { convnest::run(Job(phases_.data(), phases_.size(), num_threads())); }
 
-void run_phases(std::initializer_list<Units> phases) { run(Job(phases.begin(), phases.size())); }
+void run_phases(std::initializer_list<Units> phases) {
+    run(Job(phases.begin(), phases.size(), num_threads()));
+}
 
 int num_threads() {
     if (const auto get = torch_num_threads.load()) {
