@@ -7,7 +7,7 @@
 //             means over channels, and the slice's share of these
 //   pixels    the means over channels
 //   slices    dh, dW1, db1
-//   panels    dh W1
+//   halves    dh W1
 //   pixels    dx
 //
 // Each line is a phase of each group, as in forward. A slice's gradients belong to one unit in each
@@ -69,7 +69,7 @@ struct BackwardSlices {
     // Of a group. Wide ones are [slice][pixel][kStride], narrow ones [pixel][Cp].
     T *h{}, *u{};  // [pixel][D], where they are computed again
     A *dg{}, *xhat{}, *slope{};
-    A *dt{}, *x{}, *through{};
+    A *dt{}, *x{}, *through{}, *through2{};
     E *dt_operand{}, *dh_operand{};
     A* unit_sums{};             // of narrow gradients, for each unit
     A *slice_e{}, *slice_ex{};  // [slice][pixel]
@@ -109,7 +109,7 @@ struct BackwardSlices {
         for (A** at : {&dg, &xhat, &slope}) *at = carver.take<A>(all);
         dt = carver.take<A>(most * narrow());
         x = carver.take<A>(reads_x() ? 0 : most * narrow());
-        through = carver.take<A>(most * narrow());
+        for (A** at : {&through, &through2}) *at = carver.take<A>(most * narrow());
         dt_operand = carver.take<E>(kOwnOperands ? most * narrow() : 0);
         dh_operand = carver.take<E>(kOwnOperands ? all : 0);
         if constexpr (!kOwnOperands) {
@@ -182,13 +182,17 @@ struct BackwardSlices {
             });
         const auto leave = over_whole_slices(
             [this](const Group& group, const Slice& slice, char*) { leave_slice(group, slice); });
-        const auto reduce =
-            linear_of_slices<E>(again.groups, again.slices, dh_operand,
-                                {nullptr, 0, fc1_weight, no_bias, through, narrow(), 0, p.D, p.C});
+        const LinearOfSlices<E> fc1_transposed{
+            again.groups,
+            again.slices,
+            dh_operand,
+            {nullptr, 0, fc1_weight, no_bias, through, narrow(), 0, p.D, p.C},
+            through2};
+        const auto reduce = fc1_transposed.phase();
         const auto leave_pixels =
-            again.groups.over_pixels([this](const Group& group, std::int64_t, Range pixels) {
+            again.groups.over_pixels([&](const Group& group, std::int64_t, Range pixels) {
                 for (std::int64_t i = pixels.begin; i < pixels.end; ++i) {
-                    pixel.leave(group.first + i, through + i * narrow());
+                    pixel.leave(group.first + i, fc1_transposed.add_halves(i));
                 }
             });
         for (std::int64_t i = 0; i < again.groups.count(); ++i) {

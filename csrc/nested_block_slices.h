@@ -7,7 +7,8 @@
 //   slices    h = x W1^T + b1, g = GELU(h), the mean of g over the slice and its squares
 //   pixels    mean and rstd over all slices, in their order
 //   slices    one vector of channels after the other: z = LN(g), u = [g +] DW(z) + b, v = GELU(u)
-//   panels    t = v W2^T + b2, slice by slice, so that the weights are read once a group
+//   halves    t = v W2^T + b2, of half of the slices each, slice by slice, so that the weights are
+//             read once a group; by panels of C where there are more threads
 //   pixels    y = s x + LN(t)
 //
 // Each line is a phase (common/parallel.h) of each group, and a call goes to the thread pool once.
@@ -105,29 +106,64 @@ struct Groups {
     }
 };
 
-// A layer with slices as its input, by panels and rows: y[i, m] = bias[m] + sum over all slices.
+// A layer with slices as its input: y[i, m] = bias[m] + sum over all slices. Each half of the
+// slices has a sum of its own, the second one's in y2, so that a thread reads those that it has
+// written.
 template <class E>
-auto linear_of_slices(const Groups& groups, const Slices<Accumulate<E>>& slices, const E* x,
-                      const LinearRows<E>& l) {
+struct LinearOfSlices {
     using A = Accumulate<E>;
-    const std::int64_t panels = panel_count(block_count<A>(l.M)), threads = num_threads();
-    const std::int64_t columns = panels < threads ? panels : threads;
-    const std::int64_t wanted = (threads + columns - 1) / columns;
-    const std::int64_t rows = wanted * kLeastRows <= groups.most() ? wanted : 1;
-    return GroupPhase(columns * rows, 0, [=](std::int64_t group, std::int64_t unit, char*) {
-        const Range panel = part_of(panels, columns, unit / rows);
-        const Range row = part_of(groups.at(group).pixels, rows, unit % rows);
-        LinearRows<E> part = l;
-        part.rows = row.end - row.begin;
+    static constexpr int kHalves = 2;
+
+    Groups groups;
+    Slices<A> slices;
+    const E* x;
+    LinearRows<E> layer;
+    A* y2;
+
+    // By halves, and for more threads by panels and rows.
+    auto phase() const {
+        const std::int64_t panels = panel_count(block_count<A>(layer.M));
+        const std::int64_t threads = (num_threads() + kHalves - 1) / kHalves;
+        const std::int64_t columns = panels < threads ? panels : threads;
+        const std::int64_t wanted = (threads + columns - 1) / columns;
+        const std::int64_t rows = wanted * kLeastRows <= groups.most() ? wanted : 1;
+        const auto part = [=, l = *this](std::int64_t group, std::int64_t unit, char*) {
+            const std::int64_t within = unit % (columns * rows);
+            l.run(unit / (columns * rows), part_of(panels, columns, within / rows),
+                  part_of(l.groups.at(group).pixels, rows, within % rows));
+        };
+        return GroupPhase(kHalves * columns * rows, 0, part);
+    }
+
+    void run(std::int64_t half, Range panels, Range rows) const {
+        const std::int64_t blocks = block_count<A>(layer.M),
+                           first = panel_at(blocks, panels.begin).first;
+        LinearRows<E> part = layer;
+        part.rows = rows.end - rows.begin;
         part.x_stride = slices.kStride;
-        part.y +=
-            row.begin * l.y_stride + panel_at(block_count<A>(l.M), panel.begin).first * kLanes<A>;
-        for (std::int64_t s = 0; s < slices.count(); ++s) {
-            part.x = x + (s * groups.most() + row.begin) * slices.kStride;
-            linear_part(part, panel, slices.at(s).template steps<E>());
+        part.y = (half == 0 ? layer.y : y2) + rows.begin * layer.y_stride + first * kLanes<A>;
+        if (half != 0) {
+            const Panel last = panel_at(blocks, panels.end - 1);
+            const std::int64_t columns = (last.first + last.vectors - first) * kLanes<A>;
+            for (std::int64_t i = 0; i < part.rows; ++i) {
+                for (std::int64_t c = 0; c < columns; ++c) part.y[i * layer.y_stride + c] = 0;
+            }
         }
-    });
-}
+        const Range mine = part_of(slices.count(), kHalves, half);
+        for (std::int64_t s = mine.begin; s < mine.end; ++s) {
+            part.x = x + (s * groups.most() + rows.begin) * slices.kStride;
+            linear_part(part, panels, slices.at(s).template steps<E>());
+        }
+    }
+
+    // y of a pixel, whole.
+    A* add_halves(std::int64_t pixel) const {
+        A* y = layer.y + pixel * layer.y_stride;
+        const A* second = y2 + pixel * layer.y_stride;
+        for (std::int64_t c = 0; c < layer.y_stride; ++c) y[c] += second[c];
+        return y;
+    }
+};
 
 template <class T>
 struct NestedBlockSlices {
@@ -143,9 +179,9 @@ struct NestedBlockSlices {
     std::int64_t most;  // pixels of a group
     // Of a group; wide ones are [slice][pixel][kStride].
     A* g;
-    E* v;  // takes the place of g where it has its type
-    E* x;  // [pixel][Cp], unless the first layer can read the tensor itself
-    A* t;  // [pixel][Cp]
+    E* v;       // takes the place of g where it has its type
+    E* x;       // [pixel][Cp], unless the first layer can read the tensor itself
+    A *t, *t2;  // [pixel][Cp]
     A *slice_mean, *slice_squares;  // [slice][pixel]
     A *mean, *rstd;                 // [pixel]
 
@@ -158,6 +194,7 @@ struct NestedBlockSlices {
                 {p.D},
                 groups,
                 groups.most(),
+                {},
                 {},
                 {},
                 {},
@@ -178,7 +215,7 @@ struct NestedBlockSlices {
             v = carver.take<E>(wide);
         }
         x = carver.take<E>(rows.reads_x() ? 0 : most * rows.narrow);
-        t = carver.take<A>(most * rows.narrow);
+        for (A** at : {&t, &t2}) *at = carver.take<A>(most * rows.narrow);
         slice_mean = carver.take<A>(slices.count() * most);
         slice_squares = carver.take<A>(slices.count() * most);
         mean = carver.take<A>(most);
@@ -216,15 +253,18 @@ struct NestedBlockSlices {
             conv_bytes(), [&](const Group& group, const auto& slice, Range pixels, char* scratch) {
                 convolve_slice(slice, pixels, mean, rstd, of(u, group), scratch);
             });
-        const auto reduce = linear_of_slices<E>(
-            groups, slices, v,
-            {nullptr, 0, rows.fc2_weight, rows.fc2_bias, t, rows.narrow, 0, p.D, p.C});
-        const auto leave =
-            groups.over_pixels([this](const Group& group, std::int64_t, Range pixels) {
-                for (std::int64_t i = pixels.begin; i < pixels.end; ++i) {
-                    rows.leave_pixel(t + i * rows.narrow, group.first + i);
-                }
-            });
+        const LinearOfSlices<E> fc2{
+            groups,
+            slices,
+            v,
+            {nullptr, 0, rows.fc2_weight, rows.fc2_bias, t, rows.narrow, 0, p.D, p.C},
+            t2};
+        const auto reduce = fc2.phase();
+        const auto leave = groups.over_pixels([&](const Group& group, std::int64_t, Range pixels) {
+            for (std::int64_t i = pixels.begin; i < pixels.end; ++i) {
+                rows.leave_pixel(fc2.add_halves(i), group.first + i);
+            }
+        });
         for (std::int64_t i = 0; i < groups.count(); ++i) {
             if (!rows.reads_x()) work.add(convert.of(i));
             for (const Units& units :
