@@ -62,9 +62,9 @@ thread_local Arena call_arena;
 
 // ---- a job, and the ways to run it ----
 
-// Each worker has a part of every phase, and takes of others' parts once it is done: so it meets the
-// same slices of data in one phase after the other, in its own caches. No worker takes a unit of a
-// phase before all of those before are taken, so what it waits for is being done.
+// Each worker has a part of every phase, and takes of others' parts once it is done: so it meets
+// the same slices of data in one phase after the other, in its own caches. No worker takes a unit
+// of a phase before all of those before are taken, so what it waits for is being done.
 class Job {
   public:
     Job(const Units* phases, std::size_t count, int threads) : phases_(phases), count_(count) {

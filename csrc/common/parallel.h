@@ -1,9 +1,9 @@
 // Threads and scratch memory of the CPU kernels.
 //
 // Work is cut into units; a thread has a part of them, and takes of others' parts once it is done.
-// Threads come from torch's pool when its symbols have been handed over (use_thread_pool), else from
-// a small pool of our own. Several Python threads may call kernels at once. Nothing here throws
-// through a foreign callback.
+// Threads come from torch's pool when its symbols have been handed over (use_thread_pool), else
+// from a small pool of our own. Several Python threads may call kernels at once. Nothing here
+// throws through a foreign callback.
 //
 // Work whose parts build on each other is cut into phases, which threads pass together without
 // going back to their pool: with OMP_WAIT_POLICY=PASSIVE a thread that is called from there takes
