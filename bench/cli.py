@@ -56,7 +56,7 @@ def add_arguments(found: argparse.ArgumentParser) -> None:
     add("--full", action="store_true", help="the set whose results are committed, and doctor")
     add("--plan", action="store_true", help="list the cells and the minutes expected, and end")
     add("--prepare", action="store_true", help="compile only, for a later, faster run")
-    add("--redo", action="store_true", help="take cells anew that the folder has")
+    add("--redo", action="store_true", help="take limits and cells anew that the folder has")
     add("--out", type=Path, help="results folder (bench/results/<machine>)")
     add("--json", action="store_true", help="print the records as JSON")
     add("--markdown", action="store_true", help="print Markdown")
@@ -164,8 +164,11 @@ def _folder_name(args: argparse.Namespace) -> str:
 
 
 def _begin(store: Store, args: argparse.Namespace) -> None:
-    """Record machine, limits (measured once for a folder, again with --redo) and command."""
-    found = store.read()["limits"]
+    """Record machine, limits (measured once for a folder, again with --redo) and command.
+
+    A cell's floor is by the limits that the folder had when the cell was taken.
+    """
+    found = None if args.redo else store.read()["limits"]
     if found is None:
         if args.device == "cuda":
             found = floors.gpu_limits()

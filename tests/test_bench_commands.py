@@ -65,6 +65,28 @@ def test_wrong_kernel_fails_the_command(
     assert "median" not in record["contenders"]["cpu"]
 
 
+def test_limits_are_measured_anew_with_the_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on keeps the folder's limits; one with --redo has limits of its own."""
+    rates = iter((1e9, 2e9))
+    monkeypatch.setattr(
+        limits, "measure", lambda threads: limits.Limits(**{**LIMITS, "gelus": next(rates)})
+    )
+    given = []
+
+    def stand_in(planned: Any, args: Any, found: Any, deadline: float) -> dict[str, Any]:
+        given.append(found["gelus"])
+        return a_record(planned.cell, cpu=1.0, eager_nhwc=2.0)
+
+    monkeypatch.setattr(cli, "_measure", stand_in)
+    command = [*SMALL_COMMAND.split(), "--peers", "cpu", "--out", str(tmp_path)]
+    for options in ([], ["--batch", "2"], ["--redo"]):
+        assert cli.main([*command, *options]) == 0
+    assert given == [1e9, 1e9, 2e9]
+    assert Store(tmp_path).read()["limits"]["gelus"] == 2e9
+
+
 def test_command_without_a_checkout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _bench.run_suite([], tmp_path) == 2
     assert "clone the repository" in capsys.readouterr().err
