@@ -11,7 +11,10 @@ def parameter(p: Tensor | None, x: Tensor) -> Tensor | None:
     """A parameter as the core reads it: contiguous, in the dtype that x is accumulated in."""
     if p is None:
         return None
-    return p.detach().to(accumulate_dtype(x.dtype)).contiguous()
+    dtype = accumulate_dtype(x.dtype)
+    if p.dtype == dtype and p.is_contiguous():  # nearly always, and each call of torch's takes time
+        return p
+    return p.detach().to(dtype).contiguous()
 
 
 def address(tensor: Tensor | None) -> int:

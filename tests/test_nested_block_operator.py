@@ -186,9 +186,10 @@ def test_opcheck(case: Case, recompute: str | None) -> None:
     x, *parameters = [t if t is None else t.detach() for t in map(tensors.get, NAMES)]
     forward = torch.ops.convnest.nested_block_forward.default
     torch.library.opcheck(forward, (x, *parameters, 1e-6, True, recompute))
-    if recompute is None:
-        return
     _, *kept = forward(x, *parameters, 1e-6, True, recompute)
+    if recompute is None:
+        assert not kept
+        return
     backward = torch.ops.convnest.nested_block_backward.default
     present = [name in tensors for name in NAMES]
     for needs in (present, [i == 0 for i in range(len(NAMES))]):

@@ -20,6 +20,7 @@ from ._packed import packed_weights
 # not read.
 _WEIGHTS = (0, 4, 6)
 _FC2_BIAS, _POST_BIAS = 7, 9
+_OUTPUTS = 8
 
 
 def forward(
@@ -30,7 +31,7 @@ def forward(
     shortcut: bool,
     keep: bool,
 ) -> None:
-    """Fill y, h, u, mean, rstd, t, post_mean and post_rstd, those that are not empty."""
+    """Fill y, h, u, mean, rstd, t, post_mean and post_rstd, those that are there and not empty."""
     # In training the weights change from call to call.
     weights = [p for i, p in enumerate(parameters) if i in _WEIGHTS and p is not None]
     packed = None if keep else packed_weights(weights, x)
@@ -40,7 +41,7 @@ def forward(
     ]
     _C.cpu.nested_block_forward(
         [address(x), *map(address, held), address(packed)],
-        list(map(address, outputs)),
+        [*map(address, outputs), *[0] * (_OUTPUTS - len(outputs))],
         *_sizes(x, parameters),
         eps,
         shortcut,

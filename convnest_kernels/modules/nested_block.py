@@ -126,16 +126,17 @@ class NestedBlock(nn.Module):
         backend = backends.requested(self.backend)
         keep = self._draw_samples(x)
         if keep is None and self._is_fused():
+            conv, norm, fc1, fc2 = self.conv_dw, self.norm, self.mlp.fc1, self.mlp.fc2
             return ops.nested_block(
                 x,
-                self.mlp.fc1.weight,
-                self.mlp.fc1.bias,
-                self.norm.weight,
-                self.norm.bias,
-                self.conv_dw.weight,
-                self.conv_dw.bias,
-                self.mlp.fc2.weight,
-                self.mlp.fc2.bias,
+                fc1.weight,
+                fc1.bias,
+                norm.weight,
+                norm.bias,
+                conv.weight,
+                conv.bias,
+                fc2.weight,
+                fc2.bias,
                 *self._scaled_norm2(),
                 self.res_scale,
                 eps=self.eps,

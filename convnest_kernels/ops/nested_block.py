@@ -217,7 +217,7 @@ class _NestedBlock(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def _forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _forward(x: Tensor, *args: Any) -> list[Tensor]:
     *parameters, eps, shortcut, recompute = args
     outputs = _outputs(x, *args)
     if x.numel() > 0:
@@ -228,18 +228,23 @@ def _forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return outputs
 
 
-def _outputs(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Uninitialised y, h, u, mean, rstd, t, post_mean and post_rstd; empty where not kept."""
+def _outputs(x: Tensor, *args: Any) -> list[Tensor]:
+    """Uninitialised y; for a backward also h, u, mean, rstd, t, post_mean and post_rstd.
+
+    h and u are empty where they are computed again.
+    """
     fc1_weight, recompute = args[0], args[-1]
+    y = x.new_empty(x.shape)
+    if recompute is None:
+        return [y]
     wide = (*x.shape[:-1], fc1_weight.shape[0])
-    keep = recompute is not None
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(wide if recompute in ("none", "conv") else 0),
+    return [
+        y,
+        x.new_empty(0 if recompute == "all" else wide),
         x.new_empty(wide if recompute == "none" else 0),
-        *new_statistics(x, keep),
-        *_contract.kept(x, keep),
-    )
+        *new_statistics(x, True),
+        *_contract.kept(x, True),
+    ]
 
 
 def _backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -262,8 +267,7 @@ _PARAMETERS = (
 )
 _contract.register(
     # recompute: what a backward will compute again; None where there will be none.
-    f"nested_block_forward(Tensor x, {_PARAMETERS}, str? recompute) -> (Tensor y, Tensor h, "
-    "Tensor u, Tensor mean, Tensor rstd, Tensor t, Tensor post_mean, Tensor post_rstd)",
+    f"nested_block_forward(Tensor x, {_PARAMETERS}, str? recompute) -> Tensor[]",
     _forward,
     _outputs,
 )
