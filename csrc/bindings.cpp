@@ -265,6 +265,9 @@ void bind_nested_block_packing(py::module_& cpu) {
             params.D = D;
             params.K = kernel_size(K);
             params.dtype = dtype_of(dtype);
+            const std::int64_t bytes = kernels().nested_block_pack(params, nullptr);
+            if (packed == 0) return bytes;
+            ask_for_huge_pages(at(packed), static_cast<std::size_t>(bytes));
             return kernels().nested_block_pack(params, at(packed));
         },
         py::arg("fc1_weight"), py::arg("conv_weight"), py::arg("fc2_weight"), py::arg("C"),

@@ -7,6 +7,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,6 +204,33 @@ def test_memory_goes_with_the_weights() -> None:
     gc.collect()
     assert not _packed._entries
     assert memory() is None
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages to ask for"
+)
+def test_large_memory_asks_for_huge_pages() -> None:
+    block = NestedBlock(192, kernel_size=3).eval()
+    x = torch.randn(1, 192, 2, 2)
+    for _ in range(2):
+        infer(block, x)
+    ((*_, memory),) = _packed._entries.values()
+    assert memory.nbytes > _packed._HUGE_PAGE
+    assert memory.data_ptr() % _packed._HUGE_PAGE == 0
+    assert "hg" in mapping_flags(memory.data_ptr())
+
+
+def mapping_flags(address: int) -> list[str]:
+    """Of the mapping that an address lies in, as the kernel names them."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *words = line.split()
+        if not name.endswith(":"):
+            begin, end = (int(bound, 16) for bound in name.split("-"))
+            inside = begin <= address < end
+        elif name == "VmFlags:" and inside:
+            return words
+    raise AssertionError(f"no mapping of {address:x}")
 
 
 def test_training_keeps_nothing(packings: list[int]) -> None:

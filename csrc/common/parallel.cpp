@@ -18,6 +18,8 @@
 namespace convnest {
 namespace {
 
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+
 // ---- scratch ----
 
 class Arena {
@@ -35,9 +37,7 @@ class Arena {
         const std::size_t rounded = (bytes + page - 1) / page * page;
         data_ = static_cast<char*>(std::aligned_alloc(page, rounded));
         if (data_ == nullptr) return nullptr;
-#if defined(MADV_HUGEPAGE)
-        if (page == kHugePage) madvise(data_, rounded, MADV_HUGEPAGE);
-#endif
+        ask_for_huge_pages(data_, rounded);
         capacity_ = rounded;
         return data_;
     }
@@ -50,7 +50,6 @@ class Arena {
     }
 
   private:
-    static constexpr std::size_t kHugePage = std::size_t{2} << 20;
     static constexpr std::size_t kSmallAlignment = 4096;
     char* data_ = nullptr;
     std::size_t capacity_ = 0;
@@ -311,6 +310,16 @@ void set_num_threads(int count) {
 void use_thread_pool(std::uintptr_t parallel_for, std::uintptr_t get_num_threads) {
     torch_parallel_for = reinterpret_cast<TorchParallelFor>(parallel_for);
     torch_num_threads = reinterpret_cast<TorchNumThreads>(get_num_threads);
+}
+
+void ask_for_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] std::size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    const std::uintptr_t at = reinterpret_cast<std::uintptr_t>(memory);
+    const std::size_t before = (kHugePage - at % kHugePage) % kHugePage;
+    if (bytes < before + kHugePage) return;
+    const std::size_t whole = (bytes - before) / kHugePage * kHugePage;
+    madvise(static_cast<char*>(memory) + before, whole, MADV_HUGEPAGE);
+#endif
 }
 
 CallScratch::CallScratch(std::size_t bytes) : data_(call_arena.reserve(bytes + 1)) {

@@ -68,6 +68,10 @@ void set_num_threads(int count);
 // Addresses of torch_parallel_for and torch_get_num_threads (torch/csrc/stable/c/shim.h).
 void use_thread_pool(std::uintptr_t parallel_for, std::uintptr_t get_num_threads);
 
+// Has fresh memory come in huge pages, as far as whole ones (2 MiB) fit into it: large memory that
+// is streamed, or walked with long strides, is found faster then.
+void ask_for_huge_pages(void* memory, std::size_t bytes);
+
 // Memory of one kernel call, owned by the calling thread until the scope ends; 64-byte aligned.
 // Throws std::bad_alloc.
 class CallScratch {
