@@ -10,8 +10,8 @@
 //   da = rstd (f - mean_c(f) - xhat mean_c(f xhat)),  f = e ln_weight
 //   dln_weight = sum e xhat;  dln_bias = sum e
 //
-// One row at a time, in cache from its first pass to its last; it enters beside the row before it
-// that leaves (norm_rows).
+// One row at a time, in cache from its first pass to its last; it may enter beside the row before
+// it that leaves (leave_and_enter).
 #pragma once
 
 #include "common/gelu.h"
@@ -43,7 +43,7 @@ struct ActNorm {
     CONVNEST_INLINE_LAMBDA void forward(std::int64_t count, double eps, X&& x, Values&& values,
                                         T* y, void* mean, void* rstd) const {
         const bool before = gelu && !norm_first, after = gelu && norm_first;
-        norm_rows(
+        norm_rows<A, kRowsMeet<T>>(
             count, C, static_cast<A>(eps),
             [&](std::int64_t i, std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
                 const auto value = x(i, c, lanes);
@@ -88,35 +88,40 @@ struct ActNorm {
         NormGradient<A> norm{};
         for (std::int64_t i = 0; i <= count; ++i) {
             const A row_mean = i < count ? mean[i] : A(0), row_rstd = i < count ? rstd[i] : A(0);
+            const std::int64_t at = i < count ? i * C : 0;
+            const T *x_row = x + at, *dy_row = dy + at;
             const auto to = target(i > 0 ? i - 1 : 0);
             ChannelSum<A> sum_f, sum_fx;
-            over_channels<A, kGradPack<T>>(C, [&](std::int64_t c,
-                                                  auto lanes) CONVNEST_INLINE_LAMBDA {
-                if (i > 0) {
+            leave_and_enter<A, kRowsMeet<T>, kGradPack<T>>(
+                C, i > 0,
+                [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
                     auto da = norm(load_all(s.f + c, lanes), load_all(s.xhat + c, lanes));
                     if (before) da = da * load_all(s.slope + c, lanes);
                     leave(to, c, da, lanes);
-                }
-                if (i == count) return;
-                auto a = load_ahead(x + i * C + c, lanes);
-                if (before) {
-                    const auto act = gelu_and_grad_of<T>(a);
-                    store_all(s.slope + c, act.grad);
-                    a = act.value;
-                }
-                const auto xhat = (a - row_mean) * row_rstd;
-                auto e = load_ahead(dy + i * C + c, lanes);
-                const auto gamma = load_all(ln_weight + c, lanes);
-                if (after)
-                    e = e * gelu_and_grad_of<T>(xhat * gamma + load_all(ln_bias + c, lanes)).grad;
-                const auto f = e * gamma;
-                store_all(s.xhat + c, xhat);
-                store_all(s.f + c, f);
-                store_all(s.dgamma + c, load_all(s.dgamma + c, lanes) + e * xhat);
-                store_all(s.dbeta + c, load_all(s.dbeta + c, lanes) + e);
-                sum_f.add(f);
-                sum_fx.add(f * xhat);
-            });
+                },
+                i < count,
+                [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+                    auto a = load_ahead(x_row + c, lanes);
+                    if (before) {
+                        const auto act = gelu_and_grad_of<T>(a);
+                        store_all(s.slope + c, act.grad);
+                        a = act.value;
+                    }
+                    const auto xhat = (a - row_mean) * row_rstd;
+                    auto e = load_ahead(dy_row + c, lanes);
+                    const auto gamma = load_all(ln_weight + c, lanes);
+                    if (after) {
+                        const auto y = xhat * gamma + load_all(ln_bias + c, lanes);
+                        e = e * gelu_and_grad_of<T>(y).grad;
+                    }
+                    const auto f = e * gamma;
+                    store_all(s.xhat + c, xhat);
+                    store_all(s.f + c, f);
+                    store_all(s.dgamma + c, load_all(s.dgamma + c, lanes) + e * xhat);
+                    store_all(s.dbeta + c, load_all(s.dbeta + c, lanes) + e);
+                    sum_f.add(f);
+                    sum_fx.add(f * xhat);
+                });
             norm = {row_rstd, sum_f.total() / static_cast<A>(C),
                     sum_fx.total() / static_cast<A>(C)};
         }

@@ -29,11 +29,30 @@ CONVNEST_INLINE Statistics<A> row_statistics(const A* row, std::int64_t C, A sum
     return {mean, A(1) / square_root(squares.total() / static_cast<A>(C) + eps)};
 }
 
+// Whether a row that enters a norm shares its loop with the row before it, which leaves: the one is
+// arithmetic, the other waits for memory. With 16 registers, rows of 16-bit elements, which have
+// conversions beside, are faster one after the other.
+template <class T>
+constexpr bool kRowsMeet = kVectorBytes == 64 || sizeof(T) != 2;
+
+// leave(c, lanes) and enter(c, lanes) for the packs of a row each; in one loop if kMeet.
+template <class A, bool kMeet, int N, class Leave, class Enter>
+CONVNEST_INLINE void leave_and_enter(std::int64_t C, bool leaves, Leave&& leave, bool enters,
+                                     Enter&& enter) {
+    if constexpr (kMeet) {
+        over_channels<A, N>(C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+            if (leaves) leave(c, lanes);
+            if (enters) enter(c, lanes);
+        });
+    } else {
+        if (leaves) over_channels<A, N>(C, leave);
+        if (enters) over_channels<A, N>(C, enter);
+    }
+}
+
 // Rows of C channels through a norm: value(i, c, lanes) is a Pack of the norm's input, whose rows
 // stay in values(i); leave(i, c, xhat, lanes) takes the result, keep(i, statistics) the statistics.
-// A row enters beside the one before it that leaves, pack by pack: the one is arithmetic, the other
-// waits for memory.
-template <class A, class Value, class Values, class Keep, class Leave>
+template <class A, bool kMeet, class Value, class Values, class Keep, class Leave>
 CONVNEST_INLINE void norm_rows(std::int64_t count, std::int64_t C, A eps, Value&& value,
                                Values&& values, Keep&& keep, Leave&& leave) {
     Statistics<A> stats{};
@@ -41,15 +60,25 @@ CONVNEST_INLINE void norm_rows(std::int64_t count, std::int64_t C, A eps, Value&
         ChannelSum<A> sum;
         A* row = values(i < count ? i : 0);
         const A* before = values(i > 0 ? i - 1 : 0);
-        over_channels<A>(C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-            if (i < count) {
-                const auto pack = value(i, c, lanes);
-                store_all(row + c, pack);
-                sum.add(pack);
-            }
-            if (i > 0)
-                leave(i - 1, c, (load_all(before + c, lanes) - stats.mean) * stats.rstd, lanes);
-        });
+        const auto enter = [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+            const auto pack = value(i, c, lanes);
+            store_all(row + c, pack);
+            sum.add(pack);
+        };
+        const auto leave_before = [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+            leave(i - 1, c, (load_all(before + c, lanes) - stats.mean) * stats.rstd, lanes);
+        };
+        // The other way round than leave_and_enter: what leaves is stored late, which on AVX-512
+        // made float32 1.15 times as fast.
+        if constexpr (kMeet) {
+            over_channels<A>(C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+                if (i < count) enter(c, lanes);
+                if (i > 0) leave_before(c, lanes);
+            });
+        } else {
+            if (i > 0) over_channels<A>(C, leave_before);
+            if (i < count) over_channels<A>(C, enter);
+        }
         if (i == count) break;
         stats = row_statistics(row, C, sum.total(), eps);
         keep(i, stats);
