@@ -7,7 +7,7 @@
 #include <cstdlib>
 #include <ctime>
 
-#include "common/pack.h"
+#include "common/gelu.h"
 
 namespace convnest::CONVNEST_ISA {
 namespace {
