@@ -22,6 +22,21 @@
 namespace convnest::CONVNEST_ISA {
 namespace {
 
+// leave(c, lanes) and enter(c, lanes) for the packs of a row each; in one loop if kMeet.
+template <class A, bool kMeet, int N, class Leave, class Enter>
+CONVNEST_INLINE void leave_and_enter(std::int64_t C, bool leaves, Leave&& leave, bool enters,
+                                     Enter&& enter) {
+    if constexpr (kMeet) {
+        over_channels<A, N>(C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
+            if (leaves) leave(c, lanes);
+            if (enters) enter(c, lanes);
+        });
+    } else {
+        if (leaves) over_channels<A, N>(C, leave);
+        if (enters) over_channels<A, N>(C, enter);
+    }
+}
+
 template <class T>
 struct ActNorm {
     using A = Accumulate<T>;
@@ -43,7 +58,7 @@ struct ActNorm {
     CONVNEST_INLINE_LAMBDA void forward(std::int64_t count, double eps, X&& x, Values&& values,
                                         T* y, void* mean, void* rstd) const {
         const bool before = gelu && !norm_first, after = gelu && norm_first;
-        norm_rows<A, kRowsMeet<T>>(
+        norm_rows<T>(
             count, C, static_cast<A>(eps),
             [&](std::int64_t i, std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
                 const auto value = x(i, c, lanes);
@@ -92,7 +107,7 @@ struct ActNorm {
             const T *x_row = x + at, *dy_row = dy + at;
             const auto to = target(i > 0 ? i - 1 : 0);
             ChannelSum<A> sum_f, sum_fx;
-            leave_and_enter<A, kRowsMeet<T>, kGradPack<T>>(
+            leave_and_enter<A, kRowsMeet<T>, kGeluPack<T>>(
                 C, i > 0,
                 [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
                     auto da = norm(load_all(s.f + c, lanes), load_all(s.xhat + c, lanes));

@@ -81,7 +81,7 @@ struct NestedConvRows {
         A* g_row = s.g + (y % kept_rows) * step.W * step.pixel;
         A* z_row = s.z.row(0, y) + s.z.pad * L;
         // In one loop for 16-bit elements and 16 registers too: apart, stage 4 took 3% more.
-        norm_rows<A, true>(
+        norm_rows<T, true>(
             step.W, C, eps, g,
             [&](std::int64_t x) CONVNEST_INLINE_LAMBDA { return g_row + x * step.pixel; },
             [&](std::int64_t x, const Statistics<A>& stats) CONVNEST_INLINE_LAMBDA {

@@ -162,6 +162,7 @@ constexpr int kLongPack = 2;
 template <int N>
 CONVNEST_INLINE GeluAndGrad<float, N> long_gelu_and_grad(const Pack<float, N>& x) {
     constexpr int kPart = N < kLongPack ? N : kLongPack;
+    static_assert(N % kPart == 0);
     GeluAndGrad<float, N> result;
     unroll<N / kPart>([&](auto part) CONVNEST_INLINE_LAMBDA {
         const auto some = some_gelu_and_grad(make_pack<float, kPart>(

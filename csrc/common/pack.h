@@ -146,9 +146,9 @@ CONVNEST_INLINE void over_channels(std::int64_t C, F&& f) {
     if (c < C) f(c, FirstLanes{static_cast<int>(C - c)});
 }
 
-// In packs that leave registers for GELU with its derivative: that of float32 needs more of them.
+// Packs that leave registers for GELU among other things: that of float32 needs more of them.
 template <class T>
-constexpr int kGradPack = sizeof(T) == 4 ? 2 : kPack;
+constexpr int kGeluPack = sizeof(T) == 4 ? 2 : kPack;
 
 template <class A>
 struct ChannelSum {
