@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/parameters.h"
 #include "common/partition.h"
@@ -110,6 +111,12 @@ struct OuterRows {
     bool first = false;
 };
 
+// Elements of memory for the factors as pairs of rows.
+CONVNEST_INLINE std::int64_t pair_elements(std::int64_t rows, std::int64_t M,
+                                           std::int64_t columns) {
+    return (rows + 1) / 2 * (M + columns);
+}
+
 void outer_rows(const OuterRows<float>&);
 void outer_rows(const OuterRows<double>&);
 void linear_rows(const LinearRows<float>&);
@@ -123,9 +130,24 @@ void linear_part(const LinearRows<double>&, Range panels, Range steps);
 Units pack_units(PackLinear<float>&);
 Units pack_units(PackLinear<double>&);
 #if defined(__AVX512BF16__)
+// Of factors that hold what bfloat16 holds; `pairs` is memory for pair_elements.
+void outer_rows(const OuterRows<float>&, std::uint32_t* pairs);
 void linear_rows(const LinearRows<BFloat16>&);
 void linear_part(const LinearRows<BFloat16>&, Range panels, Range steps);
 Units pack_units(PackLinear<BFloat16>&);
 #endif
 
+namespace {
+
+// Factors that are rounded to T; `pairs` is memory for pair_elements where T has its own operands.
+template <class T>
+CONVNEST_INLINE void outer_rows_of(const OuterRows<Accumulate<T>>& o, std::uint32_t* pairs) {
+    if constexpr (std::is_same<typename OperandOf<T>::type, Accumulate<T>>::value) {
+        outer_rows(o);
+    } else {
+        outer_rows(o, pairs);
+    }
+}
+
+}  // namespace
 }  // namespace convnest::CONVNEST_ISA

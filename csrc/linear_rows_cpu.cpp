@@ -170,27 +170,67 @@ void all_panels(const LinearRows<E>& l) {
                 false);
 }
 
-template <class A, int V, Start kStart>
-void outer_panel(const OuterRows<A>& o, std::int64_t column) {
+// The factors of OuterRows as operands: `steps` of Operand<E>::kStep rows.
+template <class E>
+struct Factors {
+    const E* a;
+    std::int64_t a_stride;
+    const typename Operand<E>::Packed* b;
+    std::int64_t b_stride, steps;
+};
+
+template <class E, int V, Start kStart>
+void outer_panel(const Factors<E>& f, const OuterRows<Accumulate<E>>& o, std::int64_t column) {
+    constexpr int kStep = Operand<E>::kStep;
     over_rows(o.M, [&](auto P, std::int64_t m) CONVNEST_INLINE_LAMBDA {
-        tile<A, decltype(P)::value, V, kStart>(o.a + m, 1, o.a_stride, o.b + column, o.b_stride,
-                                               o.rows, nullptr, o.sum + m * o.sum_stride + column,
-                                               o.sum_stride);
+        tile<E, decltype(P)::value, V, kStart>(f.a + m * kStep, kStep, f.a_stride * kStep,
+                                               f.b + column, f.b_stride, f.steps, nullptr,
+                                               o.sum + m * o.sum_stride + column, o.sum_stride);
+    });
+}
+
+template <class E>
+void all_columns(const Factors<E>& f, const OuterRows<Accumulate<E>>& o) {
+    constexpr int L = kLanes<Accumulate<E>>;
+    const std::int64_t blocks = o.columns / L;
+    over_panels(blocks, {0, panel_count(blocks)}, [&](auto V, std::int64_t, std::int64_t first) {
+        if (o.first) {
+            outer_panel<E, decltype(V)::value, Start::kZero>(f, o, first * L);
+        } else {
+            outer_panel<E, decltype(V)::value, Start::kY>(f, o, first * L);
+        }
     });
 }
 
 template <class A>
 void all_columns(const OuterRows<A>& o) {
-    const std::int64_t blocks = o.columns / kLanes<A>;
-    over_panels(blocks, {0, panel_count(blocks)}, [&](auto V, std::int64_t, std::int64_t first) {
-        const std::int64_t column = first * kLanes<A>;
-        if (o.first) {
-            outer_panel<A, decltype(V)::value, Start::kZero>(o, column);
-        } else {
-            outer_panel<A, decltype(V)::value, Start::kY>(o, column);
-        }
-    });
+    all_columns<A>({o.a, o.a_stride, o.b, o.b_stride, o.rows}, o);
 }
+
+#if defined(__AVX512BF16__)
+// Rows 2 i and 2 i + 1 of values that bfloat16 holds; after an odd last row comes 0.
+CONVNEST_INLINE void pair_rows(const float* rows, std::int64_t stride, std::int64_t count,
+                               std::int64_t columns, std::uint32_t* pairs) {
+    constexpr int L = kLanes<float>;
+    const auto pair = [](auto low, auto high)
+                          CONVNEST_INLINE_LAMBDA { return low >> 16 | (high & 0xffff0000u); };
+    for (std::int64_t i = 0; i < count; i += 2, rows += 2 * stride, pairs += columns) {
+        const bool both = i + 1 < count;
+        std::int64_t c = 0;
+        for (; c + L <= columns; c += L) {
+            const Words high = both ? (Words)load(rows + stride + c) : Words{};
+            const Words result = pair((Words)load(rows + c), high);
+            __builtin_memcpy(pairs + c, &result, sizeof result);
+        }
+        for (; c < columns; ++c) {
+            std::uint32_t low, high = 0;
+            __builtin_memcpy(&low, rows + c, sizeof low);
+            if (both) __builtin_memcpy(&high, rows + stride + c, sizeof high);
+            pairs[c] = pair(low, high);
+        }
+    }
+}
+#endif
 
 template <class A>
 struct Indices;
@@ -301,6 +341,13 @@ void linear_part(const LinearRows<double>& l, Range panels, Range steps) {
 Units pack_units(PackLinear<float>& p) { return units_of(p); }
 Units pack_units(PackLinear<double>& p) { return units_of(p); }
 #if defined(__AVX512BF16__)
+void outer_rows(const OuterRows<float>& o, std::uint32_t* pairs) {
+    const std::int64_t steps = (o.rows + 1) / 2;
+    std::uint32_t *b = pairs, *a = pairs + steps * o.columns;
+    pair_rows(o.b, o.b_stride, o.rows, o.columns, b);
+    pair_rows(o.a, o.a_stride, o.rows, o.M, a);
+    all_columns<BFloat16>({reinterpret_cast<const BFloat16*>(a), o.M, b, o.columns, steps}, o);
+}
 void linear_rows(const LinearRows<BFloat16>& l) { all_panels(l); }
 void linear_part(const LinearRows<BFloat16>& l, Range panels, Range steps) {
     some_panels(l, panels, steps, true);

@@ -84,7 +84,8 @@ struct Backward {
         A* x;      // [S][W][C + 1], followed by a one
         A* dx;     // [S][W][Cp]
         E *dt_operand, *dh_operand;
-        A* sums;  // kVectors times [Cp]: of the rows that entered together
+        A* sums;               // kVectors times [Cp]: of the rows that entered together
+        std::uint32_t* pairs;  // of the factors of the weight gradients
     };
 
     std::int64_t pixels() const { return wide.step.rows * p.W; }
@@ -121,6 +122,8 @@ struct Backward {
         s.dt_operand = carver.take<E>(kOwnOperands ? pixels() * narrow : 0);
         s.dh_operand = carver.take<E>(kOwnOperands ? pixels() * wide.step.pixel : 0);
         s.sums = carver.take<A>(pixel.sums());
+        s.pairs = carver.take<std::uint32_t>(
+            kOwnOperands ? pair_elements(pixels(), p.C + 1, wide.step.channels) : 0);
         if constexpr (!kOwnOperands) {
             s.dt_operand = s.dt;
             s.dh_operand = s.wide.dg;
@@ -204,10 +207,11 @@ struct Backward {
                            });
         }
         if (p.dfc2_weight == nullptr || owned.begin >= owned.end) return;
-        outer_rows(OuterRows<A>{s.dt + owned.begin * p.W * narrow, narrow,
-                                s.v + owned.begin * p.W * stride, stride, partials.fc2(chunk),
-                                wide.step.channels, (owned.end - owned.begin) * p.W, p.C,
-                                wide.step.channels});
+        outer_rows_of<T>(
+            {s.dt + owned.begin * p.W * narrow, narrow, s.v + owned.begin * p.W * stride, stride,
+             partials.fc2(chunk), wide.step.channels, (owned.end - owned.begin) * p.W, p.C,
+             wide.step.channels},
+            s.pairs);
     }
 
     void leave_rows(const Scratch& s, std::int64_t chunk, std::int64_t first, std::int64_t count,
@@ -226,8 +230,9 @@ struct Backward {
         if (fc1) {
             pixel.copy_x(first, count, s.x, p.C + 1);
             for (std::int64_t i = 0; i < count; ++i) s.x[i * (p.C + 1) + p.C] = 1;
-            outer_rows(OuterRows<A>{s.x, p.C + 1, s.wide.dg, stride, partials.fc1(chunk),
-                                    wide.step.channels, count, p.C + 1, wide.step.channels});
+            outer_rows_of<T>({s.x, p.C + 1, s.wide.dg, stride, partials.fc1(chunk),
+                              wide.step.channels, count, p.C + 1, wide.step.channels},
+                             s.pairs);
         }
         if (p.dx == nullptr) return;
         linear_rows(LinearRows<E>{s.dh_operand, stride, fc1_weight, no_bias, s.dx, narrow, count,

@@ -129,6 +129,7 @@ struct BackwardSlices {
         A* dz;     // [H][W][L]
         A* sum_e;  // [pixel][L]
         A* sum_ex;
+        std::uint32_t* pairs;  // of the factors of the weight gradients
     };
     Scratch take_scratch(Carver& carver) const {
         Scratch s;
@@ -139,6 +140,8 @@ struct BackwardSlices {
         s.z = carver.take<A>(p.H * wide.step.tiles.width() * L);
         s.sum_e = carver.take<A>(again.most * L);
         s.sum_ex = carver.take<A>(again.most * L);
+        s.pairs = carver.take<std::uint32_t>(
+            kOwnOperands ? pair_elements(again.most, kStride, narrow()) : 0);
         return s;
     }
 
@@ -180,8 +183,11 @@ struct BackwardSlices {
                 if (fc1.gradient != nullptr && !reads_x()) copy_x(group, pixels);
                 if (unit == 0) add_narrow_sums(group);
             });
-        const auto leave = over_whole_slices(
-            [this](const Group& group, const Slice& slice, char*) { leave_slice(group, slice); });
+        const auto leave =
+            over_whole_slices([this](const Group& group, const Slice& slice, char* scratch) {
+                Carver carver(scratch);
+                leave_slice(take_scratch(carver), group, slice);
+            });
         const LinearOfSlices<E> fc1_transposed{
             again.groups,
             again.slices,
@@ -276,8 +282,9 @@ struct BackwardSlices {
                 });
         }
         if (fc2.gradient != nullptr) {
-            outer_rows(OuterRows<A>{dt, narrow(), s.v, kStride, fc2.sum + slice.c, fc2.stride,
-                                    pixels, p.C, slice.vectors * L, group.first == 0});
+            outer_rows_of<T>({dt, narrow(), s.v, kStride, fc2.sum + slice.c, fc2.stride, pixels,
+                              p.C, slice.vectors * L, group.first == 0},
+                             s.pairs);
         }
         s.du.clear_padding();
         for (std::int64_t i = 0; i < p.H * wide.step.tiles.width() * L; ++i) s.z[i] = 0;
@@ -352,7 +359,7 @@ struct BackwardSlices {
         }
     }
 
-    void leave_slice(const Group& group, const Slice& slice) const {
+    void leave_slice(const Scratch& s, const Group& group, const Slice& slice) const {
         const std::int64_t pixels = group.pixels;
         A *dg_ = of(dg, slice), *xhat_ = of(xhat, slice), *slope_ = of(slope, slice);
         E* operand = dh_operand + slice.index * again.most * kStride;
@@ -372,8 +379,9 @@ struct BackwardSlices {
         }
         if (fc1.gradient == nullptr) return;
         const A* factor = reads_x() ? static_cast<const A*>(p.x) + group.first * p.C : x;
-        outer_rows(OuterRows<A>{dg_, kStride, factor, narrow(), fc1.sum + slice.c * fc1.stride,
-                                fc1.stride, pixels, slice.channels, narrow(), group.first == 0});
+        outer_rows_of<T>({dg_, kStride, factor, narrow(), fc1.sum + slice.c * fc1.stride,
+                          fc1.stride, pixels, slice.channels, narrow(), group.first == 0},
+                         s.pairs);
     }
 
     void write_gradients() const {
