@@ -1,6 +1,6 @@
 """Fits the constants of GELU; run it to print them (needs NumPy and SciPy). With a = |x|:
 
-of gelu.h, and mills_ratio.h, which it writes:
+of gelu.h, and of mills_ratio.h, which it writes (`make format` then):
 
     q   exp(-f / 2) = 1 + f q(f)                                       |f| <= ln 2,    relative
     R   Phi(-a) / exp(-a^2 / 2), around 16 or 8 centres               0 <= a <= 13.4, relative
