@@ -164,7 +164,8 @@ def write_mills_header(path):
         "// Written by fit_gelu.py.",
         "#pragma once",
         "",
-        "namespace convnest {",
+        "namespace convnest::CONVNEST_ISA {",
+        "namespace {",
         "",
         "template <int kCentres>",
         "struct MillsRatio;",
@@ -185,7 +186,9 @@ def write_mills_header(path):
             "};",
             "};",
         ]
-    path.write_text("\n".join([*lines, "", "}  // namespace convnest", ""]))
+    path.write_text(
+        "\n".join([*lines, "", "}  // namespace", "}  // namespace convnest::CONVNEST_ISA", ""])
+    )
 
 
 def numbers(values):

@@ -2,7 +2,8 @@
 // Written by fit_gelu.py.
 #pragma once
 
-namespace convnest {
+namespace convnest::CONVNEST_ISA {
+namespace {
 
 template <int kCentres>
 struct MillsRatio;
@@ -79,4 +80,5 @@ struct MillsRatio<8> {
     };
 };
 
-}  // namespace convnest
+}  // namespace
+}  // namespace convnest::CONVNEST_ISA
