@@ -290,12 +290,8 @@ void backward(const NestedBlockBwdParams& p) {
         {},
         {}};
     f.again.given_h = static_cast<const T*>(p.h);
-    Carver parameters(nullptr), scratch(nullptr);
-    f.take_parameters(parameters);
-    f.take_scratch(scratch);
-    const CallScratch memory(parameters.used());
-    Carver carver(memory.data());
-    f.take_parameters(carver);
+    const CarvedScratch memory([&](Carver& carver) { f.take_parameters(carver); });
+    const std::size_t scratch = bytes_of([&](Carver& carver) { f.take_scratch(carver); });
     Phases work;
     f.copy_parameters(work);
     auto conv = f.wide.weight_copy(p.conv_weight);
@@ -304,8 +300,8 @@ void backward(const NestedBlockBwdParams& p) {
     auto sum = f.wide.partials.sum_into(p.dconv_weight, p.dconv_bias, p.dnorm_weight, p.dnorm_bias);
     for (const Units& units :
          {conv.units(), pack_units(fc1), pack_units(fc2),
-          Units{chunks, scratch.used(), f.prepare, f.run_chunk, &f}, sum.units(),
-          f.partials.sum_units(), Units{f.kWriteUnits, 0, nullptr, f.write_part, &f}}) {
+          Units{chunks, scratch, f.prepare, f.run_chunk, &f}, sum.units(), f.partials.sum_units(),
+          Units{f.kWriteUnits, 0, nullptr, f.write_part, &f}}) {
         work.add(units);
     }
     work.run();

@@ -22,31 +22,6 @@
 namespace convnest::CONVNEST_ISA {
 namespace {
 
-// The sum of a weight's gradient, [rows][columns] in whole vectors.
-template <class A>
-struct WeightSum {
-    A* gradient;  // null: not needed
-    std::int64_t rows, columns, stride;
-    A* sum;
-
-    static WeightSum plan(void* gradient, std::int64_t rows, std::int64_t columns) {
-        return {static_cast<A*>(gradient), rows, columns, padded_channels<A>(columns), nullptr};
-    }
-    bool direct() const { return stride == columns; }
-    void take(Carver& carver) {
-        A* own = carver.take<A>(gradient == nullptr || direct() ? 0 : rows * stride);
-        sum = direct() ? gradient : own;
-    }
-    void write() const {
-        if (gradient == nullptr || direct()) return;
-        for (std::int64_t r = 0; r < rows; ++r) {
-            for (std::int64_t c = 0; c < columns; ++c) {
-                gradient[r * columns + c] = sum[r * stride + c];
-            }
-        }
-    }
-};
-
 template <class T>
 struct BackwardSlices {
     using A = Accumulate<T>;
@@ -223,12 +198,11 @@ struct BackwardSlices {
     // f(group, slice, scratch).
     template <class F>
     auto over_whole_slices(const F& f) const {
-        Carver scratch(nullptr);
-        take_scratch(scratch);
+        const std::size_t bytes = bytes_of([this](Carver& carver) { take_scratch(carver); });
         const auto run = [this, f](std::int64_t group, std::int64_t s, char* base) {
             f(again.groups.at(group), again.slices.at(s), base);
         };
-        return GroupPhase(again.slices.count(), scratch.used(), run);
+        return GroupPhase(again.slices.count(), bytes, run);
     }
 
     // What the tensors have of a group; `made` where a wide one was not kept.
@@ -406,13 +380,10 @@ void backward(const NestedBlockBwdParams& p) {
                         wide,
                         WeightSum<A>::plan(p.dfc1_weight, p.D, p.C),
                         WeightSum<A>::plan(p.dfc2_weight, p.C, p.D)};
-    Carver count(nullptr);
-    f.take_parameters(count);
-    f.take_memory(count);
-    const CallScratch memory(count.used());
-    Carver carver(memory.data());
-    f.take_parameters(carver);
-    f.take_memory(carver);
+    const CarvedScratch memory([&](Carver& carver) {
+        f.take_parameters(carver);
+        f.take_memory(carver);
+    });
     Phases work;
     f.copy_parameters(work);
     f.run(work);

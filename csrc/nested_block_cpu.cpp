@@ -69,13 +69,10 @@ struct Forward {
 template <class T>
 void forward_slices(const NestedBlockFwdParams& p) {
     auto f = NestedBlockSlices<T>::plan(p);
-    Carver count(nullptr);
-    f.rows.take_parameters(count);
-    f.take_memory(count);
-    const CallScratch memory(count.used());
-    Carver carver(memory.data());
-    f.rows.take_parameters(carver);
-    f.take_memory(carver);
+    const CarvedScratch memory([&](Carver& carver) {
+        f.rows.take_parameters(carver);
+        f.take_memory(carver);
+    });
     Phases work;
     f.rows.copy_parameters(work);
     f.run(work, static_cast<T*>(p.h), static_cast<T*>(p.u));

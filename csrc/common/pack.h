@@ -3,7 +3,7 @@
 // A Pack is N vectors of consecutive channels, and every operation on it is done to all N before
 // the next one. That is what it is for: GELU is one long chain of dependent instructions, and a
 // processor's window does not reach far enough to find the next vector's chain on its own.
-// (Measured on Zen 5: 3.4 ns per vector of 16 alone, 2.7 ns in packs of 4.)
+// (Measured on Zen 4, float32: 2.14 G elements/s alone, 2.34 in packs of two.)
 #pragma once
 
 #include "simd.h"

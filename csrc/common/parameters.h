@@ -134,5 +134,30 @@ struct Partials {
     }
 };
 
+// The sum of a weight's gradient, [rows][columns] in whole vectors.
+template <class A>
+struct WeightSum {
+    A* gradient;  // null: not needed
+    std::int64_t rows, columns, stride;
+    A* sum;
+
+    static WeightSum plan(void* gradient, std::int64_t rows, std::int64_t columns) {
+        return {static_cast<A*>(gradient), rows, columns, padded_channels<A>(columns), nullptr};
+    }
+    bool direct() const { return stride == columns; }
+    void take(Carver& carver) {
+        A* own = carver.take<A>(gradient == nullptr || direct() ? 0 : rows * stride);
+        sum = direct() ? gradient : own;
+    }
+    void write() const {
+        if (gradient == nullptr || direct()) return;
+        for (std::int64_t r = 0; r < rows; ++r) {
+            for (std::int64_t c = 0; c < columns; ++c) {
+                gradient[r * columns + c] = sum[r * stride + c];
+            }
+        }
+    }
+};
+
 }  // namespace
 }  // namespace convnest::CONVNEST_ISA
