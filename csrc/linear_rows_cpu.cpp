@@ -275,8 +275,8 @@ CONVNEST_INLINE void store_packed(const Floats* values, int count, std::uint32_t
                                   std::int64_t width) {
     for (int i = 0; i < count; i += 2) {
         const Floats next = i + 1 < count ? values[i + 1] : Floats{};
-        const Words low = __builtin_convertvector(narrow(values[i], BFloat16{}), Words);
-        const Words high = __builtin_convertvector(narrow(next, BFloat16{}), Words);
+        const Words low = widen_bits(narrow_normal(values[i], BFloat16{}));
+        const Words high = widen_bits(narrow_normal(next, BFloat16{}));
         const Words pairs = low | high << 16;
         __builtin_memcpy(packed + i / 2 * width, &pairs, sizeof pairs);
     }
