@@ -20,18 +20,20 @@ namespace {
 template <class T>
 struct Forward {
     using A = Accumulate<T>;
+    using Tap = typename TapOf<T>::type;
     static constexpr int L = kLanes<A>;
 
     const DwconvGeluLayernormFwdParams& p;
-    RowStep<A> step;
-    RowKernels<A> kernels;
+    RowStep<Tap> step;
+    RowKernels<Tap> kernels;
     std::int64_t bands;
     ActNorm<T> act_norm;
-    A *weight, *conv_bias;
+    Tap* weight;
+    A* conv_bias;
 
     // One worker's memory.
     struct Scratch {
-        Ring<A> x;
+        Ring<Tap> x;
         A* conv;  // [S][W][Cp]
     };
 
@@ -54,21 +56,31 @@ struct Forward {
         const Scratch s = f.take_scratch(carver);
         const std::int64_t n = unit / f.bands;
         const Range band = part_of(f.p.H, f.bands, unit % f.bands);
-        std::int64_t entered = f.step.first_row(band.begin);
-        for (std::int64_t y = band.begin; y < band.end; y += f.step.rows) {
-            const std::int64_t count = band.end - y < f.step.rows ? band.end - y : f.step.rows;
+        const std::int64_t first = f.step.first_row(band.begin);
+        std::int64_t entered = first;
+        for (std::int64_t y = band.begin, count; y < band.end; y += count) {
+            count = f.step.count(y, band.end);
             const std::int64_t end = f.step.end_row(y + count);
             f.step.convolve(f.kernels, s.x, f.weight, y, count, s.conv, f.p.W * f.step.pixel,
                             f.step.pixel, L, [&](std::int64_t b) CONVNEST_INLINE_LAMBDA {
                                 for (std::int64_t row = entered; row < end; ++row) {
-                                    f.step.copy_row(static_cast<const T*>(f.p.x), n, row, b, f.p.C,
-                                                    s.x.row(b, row) + s.x.pad * L);
+                                    f.enter_row(s, n, row, first, b);
                                 }
                             });
             entered = end;
             f.leave_pixels(s.conv, (n * f.p.H + y) * f.p.W, count * f.p.W,
                            static_cast<const T*>(f.p.x) + (n * f.p.H + entered) * f.p.W * f.p.C);
         }
+    }
+
+    // A vector of channels of a row, of those from `first` on.
+    CONVNEST_INLINE_LAMBDA void enter_row(const Scratch& s, std::int64_t n, std::int64_t y,
+                                          std::int64_t first, std::int64_t block) const {
+        Tap* row = s.x.row(block, y) + s.x.pad * L;
+        const auto place = s.x.place(y, first);
+        step.copy_row(static_cast<const T*>(p.x), n, y, block, p.C,
+                      [&](std::int64_t x, Vec<A> value)
+                          CONVNEST_INLINE_LAMBDA { place.put(row + x * L, value); });
     }
 
     // `conv` holds the convolution of the pixels, and takes the norm's input. `next` is the image
@@ -97,8 +109,9 @@ struct Forward {
 template <class T>
 void forward(const DwconvGeluLayernormFwdParams& p) {
     using A = Accumulate<T>;
+    using Tap = typename TapOf<T>::type;
     Forward<T> f{p,
-                 RowStep<A>::plan(p.H, p.W, p.C, p.K, p.W <= kSmallMap ? kSmallMap : kWholeMap),
+                 RowStep<Tap>::plan(p.H, p.W, p.C, p.K, p.W <= kSmallMap ? kSmallMap : kWholeMap),
                  {},
                  0,
                  {p.C, p.gelu, p.norm_first, {}, {}},
@@ -107,13 +120,13 @@ void forward(const DwconvGeluLayernormFwdParams& p) {
     row_kernels(p.K, &f.kernels);
     f.bands = forward_bands(p.N, p.H, p.K, num_threads());
     const CarvedScratch memory([&](Carver& carver) {
-        f.weight = carver.take<A>(f.step.channels * p.K * p.K);
+        f.weight = carver.take<Tap>(f.step.blocks * tap_elements<Tap>(p.K));
         f.conv_bias = carver.take<A>(f.step.channels);
         f.act_norm.take(carver);
     });
     copy_parameter(p.conv_bias, A(0), p.C, f.conv_bias);
     f.act_norm.copy(p.ln_weight, p.ln_bias);
-    WeightCopy<A> copy{static_cast<const A*>(p.conv_weight), f.weight, p.C, p.K * p.K, false};
+    WeightCopy<Tap> copy{static_cast<const A*>(p.conv_weight), f.weight, p.C, p.K, false};
     const std::size_t scratch = bytes_of([&](Carver& carver) { f.take_scratch(carver); });
     run_phases({copy.units(), {p.N * f.bands, scratch, f.prepare, f.run_unit, &f}});
 }

@@ -150,7 +150,7 @@ struct Backward {
     }
 
     void run_band(const Scratch& s, std::int64_t unit, std::int64_t chunk) const {
-        const RowStep<A>& step = wide.step;
+        const auto& step = wide.step;
         const std::int64_t n = unit / bands;
         const Range band = part_of(p.H, bands, unit % bands);
         std::int64_t entered = step.first_row(band.begin);
@@ -160,8 +160,8 @@ struct Backward {
         if (p.u == nullptr) again.run_band(s.again, n, halo, {s.h, s.u, origin});
         const T* u = p.u == nullptr ? s.u : static_cast<const T*>(p.u) + origin * p.D;
         const T* h = p.h == nullptr ? s.h : static_cast<const T*>(p.h) + origin * p.D;
-        for (std::int64_t y = band.begin; y < band.end; y += step.rows) {
-            const std::int64_t count = band.end - y < step.rows ? band.end - y : step.rows;
+        for (std::int64_t y = band.begin, count; y < band.end; y += count) {
+            count = step.count(y, band.end);
             while (entered < step.end_row(y + count)) {
                 const std::int64_t left = step.end_row(y + count) - entered;
                 const std::int64_t rows = left < step.rows ? left : step.rows;
@@ -196,7 +196,7 @@ struct Backward {
         for (std::int64_t r = 0; r < count; ++r) {
             A* v_row = s.v + r * p.W * stride;
             const T* u_row = u + r * p.W * p.D;
-            wide.enter_row(s.wide, y + r,
+            wide.enter_row(s.wide, y + r, wide.step.first_row(band.begin),
                            [&](std::int64_t x, std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
                                const auto g =
                                    gelu_and_grad_of<T>(load_as(u_row + x * p.D + c, lanes));
@@ -275,11 +275,10 @@ void backward(const NestedBlockBwdParams& p) {
         Partials<A>::bytes(p.D, p.K * p.K) +
         BlockPartials<T>::size(p.C, p.D) * static_cast<std::int64_t>(sizeof(A));
     const std::int64_t chunks = chunk_count(p.N * bands, partial_bytes);
-    const auto step = RowStep<A>::plan(p.H, p.W, p.D, p.K);
     Backward<T> f{
         p,
         NestedBlockRows<T>::plan(forward),
-        NestedConvBwdRows<T>::plan(step, p.D, p.shortcut,
+        NestedConvBwdRows<T>::plan(p.H, p.W, p.D, p.K, p.shortcut,
                                    {p.dconv_weight != nullptr, p.dconv_bias != nullptr, true}),
         pixel,
         bands,

@@ -27,6 +27,7 @@ struct BackwardSlices {
     using A = Accumulate<T>;
     using E = typename OperandOf<T>::type;
     using Packed = typename Operand<E>::Packed;
+    using Tap = typename TapOf<T>::type;
     using Slice = typename Slices<A>::Slice;
     using Group = Groups::Group;
     static constexpr int L = kLanes<A>;
@@ -99,8 +100,8 @@ struct BackwardSlices {
     // A worker's memory, for a slice.
     struct Scratch {
         A* v;  // [pixel][kStride]: GELU(u)
-        Ring<A> du;
-        A* z;      // [H][tiles][L], zero from W on
+        Ring<Tap> du;
+        Tap* z;    // [H][tiles][L], zero from W on
         A* dz;     // [H][W][L]
         A* sum_e;  // [pixel][L]
         A* sum_ex;
@@ -108,11 +109,10 @@ struct BackwardSlices {
     };
     Scratch take_scratch(Carver& carver) const {
         Scratch s;
-        const auto conv = again.take_conv(carver);
-        s.du = conv.z;
-        s.dz = conv.out;
+        s.du = wide.step.take_map(carver);
+        s.dz = carver.take<A>(p.H * p.W * L);
         s.v = carver.take<A>(again.most * kStride);
-        s.z = carver.take<A>(p.H * wide.step.tiles.width() * L);
+        s.z = carver.take<Tap>(wide.step.in_elements(p.H));
         s.sum_e = carver.take<A>(again.most * L);
         s.sum_ex = carver.take<A>(again.most * L);
         s.pairs = carver.take<std::uint32_t>(
@@ -261,9 +261,9 @@ struct BackwardSlices {
                              s.pairs);
         }
         s.du.clear_padding();
-        for (std::int64_t i = 0; i < p.H * wide.step.tiles.width() * L; ++i) s.z[i] = 0;
+        for (std::int64_t i = 0; i < wide.step.in_elements(p.H); ++i) s.z[i] = 0;
         for (std::int64_t i = 0; i < pixels * L; ++i) s.sum_e[i] = s.sum_ex[i] = 0;
-        MapRows<A> map(s.du, p.H, p.K);
+        const RingRows<Tap> map(s.du, 0, 0, p.H);
         for (std::int64_t b = 0; b < slice.vectors; ++b) {
             for (std::int64_t image = 0; image < pixels; image += p.H * p.W) {
                 convolve(s, map, slice.c + b * L, image, dg_ + b * L, xhat_ + b * L, rstds);
@@ -277,20 +277,21 @@ struct BackwardSlices {
 
     // One vector of channels of an image: the gradients of the convolution and of the norm, sums,
     // and dg up to the means over channels in the place of du.
-    void convolve(const Scratch& s, const MapRows<A>& map, std::int64_t c, std::int64_t image,
+    void convolve(const Scratch& s, const RingRows<Tap>& map, std::int64_t c, std::int64_t image,
                   A* dg_, const A* xhat_, const A* rstd) const {
-        const std::int64_t block = c / L, taps = p.K * p.K, size = p.H * p.W;
+        const std::int64_t block = c / L, size = p.H * p.W;
         const Vec<A> gamma = load(wide.ln_weight + c), beta = load(wide.ln_bias + c);
         Vec<A> dbias = {}, dgamma = {}, dbeta = {};
         std::int64_t at = image * kStride;
         for (std::int64_t y = 0; y < p.H; ++y) {
-            A* du = s.du.row(0, y) + s.du.pad * L;
-            A* z = s.z + y * wide.step.tiles.width() * L;
+            Tap* du = s.du.row(0, y) + s.du.pad * L;
+            Tap* z = wide.step.in_row(s.z, y, 0);
+            const auto du_place = s.du.place(y, 0), z_place = Place<Tap>::of_row(y, 0);
             for (std::int64_t w = 0; w < p.W; ++w, at += kStride) {
                 const Vec<A> value = load(dg_ + at);
                 dbias += value;
-                store(du + w * L, value);
-                store(z + w * L, load(xhat_ + at) * gamma + beta);
+                du_place.put(du + w * L, value);
+                z_place.put(z + w * L, load(xhat_ + at) * gamma + beta);
             }
         }
         if (wide.wanted.conv_weight) {
@@ -298,8 +299,8 @@ struct BackwardSlices {
                                       wide.partials.weight(0, block), p.H, p.W, wide.step.tiles});
         }
         wide.kernels.conv_rows({map.pointers, map.begin, map.end,
-                                wide.weight_flip + block * taps * L, s.dz, p.W * L, L, p.H, p.W,
-                                wide.step.tiles});
+                                wide.weight_flip + block * tap_elements<Tap>(p.K), s.dz, p.W * L, L,
+                                p.H, p.W, wide.step.tiles});
         for (std::int64_t i = 0; i < size; ++i) {
             const std::int64_t pixel_ = image + i;
             const Vec<A> dz = load(s.dz + i * L), e = dz * gamma;
@@ -371,9 +372,8 @@ void backward(const NestedBlockBwdParams& p) {
     using A = Accumulate<T>;
     const auto pixel = NestedBlockBwdPixel<T>::plan(p);
     const NestedBlockFwdParams forward = pixel.again();
-    const auto step = RowStep<A>::plan(p.H, p.W, p.D, p.K);
     const auto wide = NestedConvBwdRows<T>::plan(
-        step, p.D, p.shortcut, {p.dconv_weight != nullptr, p.dconv_bias != nullptr, true});
+        p.H, p.W, p.D, p.K, p.shortcut, {p.dconv_weight != nullptr, p.dconv_bias != nullptr, true});
     BackwardSlices<T> f{p,
                         pixel,
                         NestedBlockSlices<T>::plan(forward),

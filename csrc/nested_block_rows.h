@@ -52,7 +52,7 @@ struct NestedBlockRows {
     A *fc1_bias, *fc2_bias, *post_weight, *post_bias, *scale;
     // How the weights are packed, until it is done.
     struct Packing {
-        WeightCopy<A> conv;
+        WeightCopy<typename TapOf<T>::type> conv;
         PackLinear<E> fc1, fc2;
     } packing;
 
@@ -65,9 +65,8 @@ struct NestedBlockRows {
     };
 
     static NestedBlockRows plan(const NestedBlockFwdParams& p) {
-        const auto step = RowStep<A>::plan(p.H, p.W, p.D, p.K);
         return {p,
-                NestedConvRows<T>::plan(step, p.D, p.eps, p.shortcut),
+                NestedConvRows<T>::plan(p.H, p.W, p.D, p.K, p.eps, p.shortcut),
                 padded_channels<A>(p.C),
                 {},
                 {},
@@ -145,12 +144,12 @@ struct NestedBlockRows {
 
     void run_band(const Scratch& s, std::int64_t n, Range band, const Kept& kept,
                   const Edges& edges = {}) const {
-        const RowStep<A>& step = wide.step;
+        const auto& step = wide.step;
         const Range inner{edges.above == nullptr ? 0 : band.begin + p.K / 2,
                           edges.below == nullptr ? p.H : band.end - p.K / 2};
         std::int64_t entered = step.first_row(band.begin);
-        for (std::int64_t y = band.begin; y < band.end; y += step.rows) {
-            const std::int64_t count = band.end - y < step.rows ? band.end - y : step.rows;
+        for (std::int64_t y = band.begin, count; y < band.end; y += count) {
+            count = step.count(y, band.end);
             const std::int64_t end = step.end_row(y + count);
             for (; entered < end && entered < inner.begin; ++entered) {
                 enter_edge_row(s, n, entered, band,
@@ -190,7 +189,7 @@ struct NestedBlockRows {
     void enter_edge_row(const Scratch& s, std::int64_t n, std::int64_t y, Range band,
                         const A* g) const {
         const auto owned = statistics_of(n, y, band);
-        wide.enter_row(s.wide, y, owned.mean, owned.rstd,
+        wide.enter_row(s.wide, y, wide.step.first_row(band.begin), owned.mean, owned.rstd,
                        [&](std::int64_t x, std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
                            return load_all(g + x * wide.step.pixel + c, lanes);
                        });
@@ -210,13 +209,14 @@ struct NestedBlockRows {
     void enter_rows(const Scratch& s, std::int64_t n, std::int64_t y, std::int64_t count,
                     Range band, const Kept& kept) const {
         const std::int64_t first = (n * p.H + y) * p.W, stride = wide.step.pixel;
+        const std::int64_t first_row = wide.step.first_row(band.begin);
         if (given_h == nullptr) expand(s, first, count * p.W);
         for (std::int64_t r = 0; r < count; ++r) {
             const std::int64_t row = first + r * p.W;
             const auto owned = statistics_of(n, y + r, band);
             if (given_h != nullptr) {
                 const T* h = given_h + row * p.D;
-                wide.enter_row(s.wide, y + r, owned.mean, owned.rstd,
+                wide.enter_row(s.wide, y + r, first_row, owned.mean, owned.rstd,
                                [&](std::int64_t i, std::int64_t c, auto lanes)
                                    CONVNEST_INLINE_LAMBDA {
                                        return gelu_of<T>(load_as(h + i * p.D + c, lanes));
@@ -226,7 +226,7 @@ struct NestedBlockRows {
             const A* h = s.wide.conv + r * p.W * stride;
             const bool keeps = kept.h != nullptr && y + r >= band.begin && y + r < band.end;
             T* kept_h = keeps ? kept.h + (row - kept.origin) * p.D : nullptr;
-            wide.enter_row(s.wide, y + r, owned.mean, owned.rstd,
+            wide.enter_row(s.wide, y + r, first_row, owned.mean, owned.rstd,
                            [&](std::int64_t i, std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
                                const auto value =
                                    rounded_to<T>(load_all(h + i * stride + c, lanes));

@@ -27,6 +27,7 @@ template <class T>
 struct NestedBlockSlices {
     using A = Accumulate<T>;
     using E = typename OperandOf<T>::type;
+    using Tap = typename TapOf<T>::type;
     static constexpr int L = kLanes<A>;
     static constexpr std::int64_t kStride = Slices<A>::kStride;
 
@@ -219,13 +220,11 @@ struct NestedBlockSlices {
 
     // One vector of channels of an image: z with its padding, and the convolution of it.
     struct Conv {
-        Ring<A> z;
+        Ring<Tap> z;
         A* out;  // [H][W][L]
     };
     Conv take_conv(Carver& carver) const {
-        const std::int64_t padded = rows.wide.step.tiles.width() + p.K - 1;
-        const std::int64_t size = p.H * padded * L;
-        Conv conv{{carver.take<A>(size), 1, p.H, padded, 0, p.K / 2, p.W}, {}};
+        Conv conv{rows.wide.step.take_map(carver), {}};
         conv.out = carver.take<A>(p.H * p.W * L);
         return conv;
     }
@@ -241,7 +240,7 @@ struct NestedBlockSlices {
         Carver carver(scratch);
         const Conv conv = take_conv(carver);
         conv.z.clear_padding();
-        MapRows<A> map(conv.z, p.H, p.K);
+        const RingRows<Tap> map(conv.z, 0, 0, p.H);
         for (std::int64_t b = 0; b < slice.vectors; ++b) {
             const std::int64_t c = slice.c + b * L, left = p.D - c;
             const A* in = g + slice.index * most * kStride + b * L;
@@ -249,15 +248,16 @@ struct NestedBlockSlices {
             for (std::int64_t image = pixels.begin; image < pixels.end; image += p.H * p.W) {
                 std::int64_t i = image;
                 for (std::int64_t y = 0; y < p.H; ++y) {
-                    A* z = conv.z.row(0, y) + conv.z.pad * L;
+                    Tap* z = conv.z.row(0, y) + conv.z.pad * L;
+                    const auto place = conv.z.place(y, 0);
                     for (std::int64_t w = 0; w < p.W; ++w, ++i) {
-                        store(z + w * L,
-                              (load(in + i * kStride) - means[i]) * rstds[i] * gamma + beta);
+                        place.put(z + w * L,
+                                  (load(in + i * kStride) - means[i]) * rstds[i] * gamma + beta);
                     }
                 }
                 rows.wide.kernels.conv_rows({map.pointers, map.begin, map.end,
-                                             rows.wide.weight + c * p.K * p.K, conv.out, p.W * L, L,
-                                             p.H, p.W, rows.wide.step.tiles});
+                                             rows.wide.weight + c / L * tap_elements<Tap>(p.K),
+                                             conv.out, p.W * L, L, p.H, p.W, rows.wide.step.tiles});
                 over_pixels(p.H * p.W, [&](std::int64_t pixel, auto count) CONVNEST_INLINE_LAMBDA {
                     leave_pixels<decltype(count)::value>(slice, image + pixel, b, left,
                                                          conv.out + pixel * L, kept_u);

@@ -36,18 +36,19 @@ struct Backward {
 
     void run_band(const typename NestedConvBwdRows<T>::Scratch& s, std::int64_t unit,
                   std::int64_t chunk) const {
-        const RowStep<A>& step = rows.step;
+        const auto& step = rows.step;
         const std::int64_t n = unit / bands;
         const Range band = part_of(p.H, bands, unit % bands);
-        std::int64_t entered = step.first_row(band.begin);
-        for (std::int64_t y = band.begin; y < band.end; y += step.rows) {
-            const std::int64_t count = band.end - y < step.rows ? band.end - y : step.rows;
+        const std::int64_t first_row = step.first_row(band.begin);
+        std::int64_t entered = first_row;
+        for (std::int64_t y = band.begin, count; y < band.end; y += count) {
+            count = step.count(y, band.end);
             for (; entered < step.end_row(y + count); ++entered) {
                 const std::int64_t row = (n * p.H + entered) * p.W * p.C;
                 const T *dv = static_cast<const T*>(p.dv) + row,
                         *u = static_cast<const T*>(p.u) + row;
                 rows.enter_row(
-                    s, entered,
+                    s, entered, first_row,
                     [&](std::int64_t x, std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
                         const auto slope =
                             gelu_and_grad_of<T>(load_ahead(u + x * p.C + c, lanes)).grad;
@@ -74,7 +75,7 @@ void backward(const NestedConvBwdParams& p) {
     const bool norm = p.dh != nullptr || p.dln_weight != nullptr || p.dln_bias != nullptr;
     Backward<T> f{
         p,
-        NestedConvBwdRows<T>::plan(RowStep<A>::plan(p.H, p.W, p.C, p.K), p.C, p.shortcut,
+        NestedConvBwdRows<T>::plan(p.H, p.W, p.C, p.K, p.shortcut,
                                    {p.dconv_weight != nullptr, p.dconv_bias != nullptr, norm}),
         bands, chunk_count(p.N * bands, Partials<A>::bytes(p.C, p.K * p.K))};
     const CarvedScratch memory([&](Carver& carver) { f.rows.take_parameters(carver, f.chunks); });

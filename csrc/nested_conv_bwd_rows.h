@@ -29,6 +29,7 @@ namespace {
 template <class T>
 struct NestedConvBwdRows {
     using A = Accumulate<T>;
+    using Tap = typename TapOf<T>::type;
     static constexpr int L = kLanes<A>;
 
     // Gradients that are needed; `norm`: any of dh, dln_weight, dln_bias.
@@ -36,36 +37,38 @@ struct NestedConvBwdRows {
         bool conv_weight, conv_bias, norm;
     };
 
-    RowStep<A> step;
-    RowKernels<A> kernels;
+    RowStep<Tap> step;
+    RowKernels<Tap> kernels;
     std::int64_t C;
     bool shortcut;
     Wanted wanted;
-    A *weight_flip, *ln_weight, *ln_bias;
+    Tap* weight_flip;
+    A *ln_weight, *ln_bias;
     Partials<A> partials;
 
     // One worker's memory; W_ is W rounded up to whole tiles.
     struct Scratch {
-        Ring<A> du;
+        Ring<Tap> du;
         A* xhat;   // [S][W][Cp]
         A* slope;  // [S][W][Cp]: GELU'(h)
         A* dg;     // [S][W][Cp]: rstd e [+ du], the part of dg that needs no sum over channels
-        A* z;      // [S][W_][L], zero from W on
+        Tap* z;    // [S][W_][L], zero from W on
         A* dz;     // [S][W][L]
         A* sum_e;  // [S][W][L]: lane l has the channels that are l modulo L
         A* sum_ex;
     };
 
-    static NestedConvBwdRows plan(const RowStep<A>& step, std::int64_t C, bool shortcut,
-                                  Wanted wanted) {
-        NestedConvBwdRows r{step, {}, C, shortcut, wanted, {}, {}, {}, {}};
-        row_kernels(step.K, &r.kernels);
+    static NestedConvBwdRows plan(std::int64_t H, std::int64_t W, std::int64_t C, int K,
+                                  bool shortcut, Wanted wanted) {
+        NestedConvBwdRows r{
+            RowStep<Tap>::plan(H, W, C, K), {}, C, shortcut, wanted, {}, {}, {}, {}};
+        row_kernels(K, &r.kernels);
         return r;
     }
 
     void take_parameters(Carver& carver, std::int64_t chunks) {
         const int taps = step.K * step.K;
-        weight_flip = carver.take<A>(step.channels * taps);
+        weight_flip = carver.take<Tap>(step.blocks * tap_elements<Tap>(step.K));
         ln_weight = carver.take<A>(step.channels);
         ln_bias = carver.take<A>(step.channels);
         partials = Partials<A>::take(carver, chunks, C, taps);
@@ -74,8 +77,8 @@ struct NestedConvBwdRows {
         copy_parameter(weight, A(1), C, ln_weight);
         copy_parameter(bias, A(0), C, ln_bias);
     }
-    WeightCopy<A> weight_copy(const void* conv_weight) const {
-        return {static_cast<const A*>(conv_weight), weight_flip, C, step.K * step.K, true};
+    WeightCopy<Tap> weight_copy(const void* conv_weight) const {
+        return {static_cast<const A*>(conv_weight), weight_flip, C, step.K, true};
     }
 
     Scratch take_scratch(Carver& carver) const {
@@ -85,7 +88,7 @@ struct NestedConvBwdRows {
         s.xhat = carver.take<A>(pixels * step.pixel);
         s.slope = carver.take<A>(pixels * step.pixel);
         s.dg = carver.take<A>(pixels * step.pixel);
-        s.z = carver.take<A>(step.rows * step.tiles.width() * L);
+        s.z = carver.take<Tap>(step.in_elements(step.rows));
         s.dz = carver.take<A>(pixels * L);
         s.sum_e = carver.take<A>(pixels * L);
         s.sum_ex = carver.take<A>(pixels * L);
@@ -93,17 +96,19 @@ struct NestedConvBwdRows {
     }
     void prepare(const Scratch& s) const {
         s.du.clear_padding();
-        for (std::int64_t i = 0; i < step.rows * step.tiles.width() * L; ++i) s.z[i] = 0;
+        for (std::int64_t i = 0; i < step.in_elements(step.rows); ++i) s.z[i] = 0;
     }
 
-    // Row y of du into the ring; du(x, c, lanes) is a Pack of it.
+    // Row y of du into the ring, of those from `first` on; du(x, c, lanes) is a Pack of it.
     template <class F>
-    CONVNEST_INLINE_LAMBDA void enter_row(const Scratch& s, std::int64_t y, F&& du) const {
-        A* row = s.du.row(0, y) + s.du.pad * L;
+    CONVNEST_INLINE_LAMBDA void enter_row(const Scratch& s, std::int64_t y, std::int64_t first,
+                                          F&& du) const {
+        Tap* row = s.du.row(0, y) + s.du.pad * L;
+        const auto place = s.du.place(y, first);
         for (std::int64_t x = 0; x < step.W; ++x) {
-            A* out = row + x * L;
+            Tap* out = row + x * L;
             over_channels<A>(C, [&](std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
-                store_all(out, du(x, c, lanes), s.du.block_stride);
+                place.put_all(out, du(x, c, lanes), s.du.block_stride);
                 out += lanes.kVectors * s.du.block_stride;
             });
         }
@@ -130,35 +135,37 @@ struct NestedConvBwdRows {
     void run_block(const Scratch& s, std::int64_t chunk, const A* rstd, std::int64_t b,
                    std::int64_t y, std::int64_t count) const {
         const std::int64_t c = b * L;
-        typename RowStep<A>::Rows rows;
-        step.point(s.du, b, y, count, &rows);
+        const RingRows<Tap> rows(s.du, b, y, step.end_row(y + count));
         const Vec<A> gamma = load(ln_weight + c), beta = load(ln_bias + c);
         if (wanted.conv_weight) {
             for (std::int64_t r = 0; r < count; ++r) {
                 const A* xhat = s.xhat + r * step.W * step.pixel + c;
-                A* z = s.z + r * step.tiles.width() * L;
+                Tap* z = step.in_row(s.z, y + r, y);
+                const auto place = Place<Tap>::of_row(y + r, y);
                 for (std::int64_t x = 0; x < step.W; ++x) {
-                    store(z + x * L, load(xhat + x * step.pixel) * gamma + beta);
+                    place.put(z + x * L, load(xhat + x * step.pixel) * gamma + beta);
                 }
             }
             kernels.weight_rows({rows.pointers, rows.begin, rows.end, s.z,
-                                 partials.weight(chunk, b), count, step.W, step.tiles});
+                                 partials.weight(chunk, b), count, step.W, step.tiles, rows.odd});
         }
         if (wanted.conv_bias) {
             Vec<A> dbias = {};
             for (std::int64_t r = 0; r < count; ++r) {
-                const A* du = rows.pointers[r + step.K / 2] + s.du.pad * L;
-                for (std::int64_t x = 0; x < step.W; ++x) dbias += load(du + x * L);
+                const Tap* du = s.du.row(b, y + r) + s.du.pad * L;
+                const auto place = s.du.place(y + r, y);
+                for (std::int64_t x = 0; x < step.W; ++x) dbias += place.get(du + x * L);
             }
             partials.add(chunk, partials.kBias, c, dbias);
         }
         if (!wanted.norm) return;
         kernels.conv_rows({rows.pointers, rows.begin, rows.end,
-                           weight_flip + b * step.K * step.K * L, s.dz, step.W * L, L, count,
-                           step.W, step.tiles});
+                           weight_flip + b * tap_elements<Tap>(step.K), s.dz, step.W * L, L, count,
+                           step.W, step.tiles, rows.odd});
         Vec<A> dgamma = {}, dbeta = {};
         for (std::int64_t r = 0; r < count; ++r) {
-            const A* du = rows.pointers[r + step.K / 2] + s.du.pad * L;
+            const Tap* du = s.du.row(b, y + r) + s.du.pad * L;
+            const auto place = s.du.place(y + r, y);
             for (std::int64_t x = 0; x < step.W; ++x) {
                 const std::int64_t i = r * step.W + x;
                 const Vec<A> dz = load(s.dz + i * L), e = dz * gamma;
@@ -168,7 +175,7 @@ struct NestedConvBwdRows {
                 store(s.sum_e + i * L, load(s.sum_e + i * L) + e);
                 store(s.sum_ex + i * L, load(s.sum_ex + i * L) + e * xhat);
                 const Vec<A> dg = rstd[i] * e;
-                store(s.dg + i * step.pixel + c, shortcut ? dg + load(du + x * L) : dg);
+                store(s.dg + i * step.pixel + c, shortcut ? dg + place.get(du + x * L) : dg);
             }
         }
         partials.add(chunk, partials.kGamma, c, dgamma);

@@ -28,29 +28,28 @@ struct Forward {
 
     static void run_unit(std::int64_t unit, char* base, void* context) {
         const Forward& f = *static_cast<const Forward*>(context);
-        const RowStep<A>& step = f.rows.step;
+        const auto& step = f.rows.step;
         Carver carver(base);
         const auto s = f.rows.take_scratch(carver);
         const std::int64_t n = unit / f.bands;
         const Range band = part_of(f.p.H, f.bands, unit % f.bands);
         std::int64_t entered = step.first_row(band.begin);
-        for (std::int64_t y = band.begin; y < band.end; y += step.rows) {
-            const std::int64_t count = band.end - y < step.rows ? band.end - y : step.rows;
-            for (; entered < step.end_row(y + count); ++entered) {
-                f.enter_row(s, n, entered, entered >= band.begin && entered < band.end);
-            }
+        for (std::int64_t y = band.begin, count; y < band.end; y += count) {
+            count = step.count(y, band.end);
+            for (; entered < step.end_row(y + count); ++entered) f.enter_row(s, n, entered, band);
             f.rows.convolve(s, y, count);
             for (std::int64_t r = 0; r < count; ++r) f.leave_row(s, n, y + r, r);
         }
     }
 
     void enter_row(const typename NestedConvRows<T>::Scratch& s, std::int64_t n, std::int64_t y,
-                   bool owned) const {
+                   Range band) const {
+        const bool owned = y >= band.begin && y < band.end;
         const std::int64_t first = (n * p.H + y) * p.W;
         const T* h_row = static_cast<const T*>(p.h) + first * p.C;
         A* mean = owned && p.mean != nullptr ? static_cast<A*>(p.mean) + first : nullptr;
         A* rstd = owned && p.rstd != nullptr ? static_cast<A*>(p.rstd) + first : nullptr;
-        rows.enter_row(s, y, mean, rstd,
+        rows.enter_row(s, y, rows.step.first_row(band.begin), mean, rstd,
                        [&](std::int64_t x, std::int64_t c, auto lanes) CONVNEST_INLINE_LAMBDA {
                            return gelu_of<T>(load_ahead(h_row + x * p.C + c, lanes));
                        });
@@ -69,9 +68,7 @@ struct Forward {
 
 template <class T>
 void forward(const NestedConvFwdParams& p) {
-    using A = Accumulate<T>;
-    const auto step = RowStep<A>::plan(p.H, p.W, p.C, p.K);
-    Forward<T> f{p, NestedConvRows<T>::plan(step, p.C, p.eps, p.shortcut),
+    Forward<T> f{p, NestedConvRows<T>::plan(p.H, p.W, p.C, p.K, p.eps, p.shortcut),
                  forward_bands(p.N, p.H, p.K, num_threads())};
     const CarvedScratch memory([&](Carver& carver) {
         f.rows.take_weights(carver);

@@ -1,10 +1,10 @@
 // The forward pass of nested_conv on the rows of one band, for nested_conv and nested_block, which
 // differ in where rows come from and where they go.
 //
-// enter_row takes a row of g, keeps it for the shortcut and gives z (into the ring, in the
-// accumulate type); convolve does the rows of a step from the ring; leave_row adds bias and
-// shortcut and applies the outer GELU, pixel by pixel. The strided accesses stay in scratch memory
-// of (K - 1 + S) rows, which is what fits the L2 cache.
+// enter_row takes a row of g, keeps it for the shortcut and gives z (into the ring); convolve does
+// the rows of a step from the ring; leave_row adds bias and shortcut and applies the outer GELU,
+// pixel by pixel. The strided accesses stay in scratch memory of (K - 1 + S) rows, which is what
+// fits the L2 cache.
 #pragma once
 
 #include <cstdint>
@@ -25,23 +25,27 @@ struct NestedConvVectors {
 template <class T>
 struct NestedConvRows {
     using A = Accumulate<T>;
+    using Tap = typename TapOf<T>::type;
     static constexpr int L = kLanes<A>;
 
-    RowStep<A> step;
-    RowKernels<A> kernels;
+    RowStep<Tap> step;
+    RowKernels<Tap> kernels;
     std::int64_t C, kept_rows;
     A eps;
     bool shortcut;
-    A *weight, *conv_bias, *ln_weight, *ln_bias;
+    Tap* weight;
+    A *conv_bias, *ln_weight, *ln_bias;
 
     // One worker's memory.
     struct Scratch {
-        Ring<A> z;
+        Ring<Tap> z;
         A* g;     // [kept_rows][W][Cp]: the rows that the shortcut still needs
         A* conv;  // [S][W][Cp]
     };
 
-    static NestedConvRows plan(const RowStep<A>& step, std::int64_t C, double eps, bool shortcut) {
+    static NestedConvRows plan(std::int64_t H, std::int64_t W, std::int64_t C, int K, double eps,
+                               bool shortcut) {
+        const auto step = RowStep<Tap>::plan(H, W, C, K);
         NestedConvRows r{step, {}, C, 1, static_cast<A>(eps), shortcut, {}, {}, {}, {}};
         row_kernels(step.K, &r.kernels);
         // Without the shortcut g is only the row that is being normalised.
@@ -50,9 +54,11 @@ struct NestedConvRows {
     }
 
     // Parameters, shared by all workers.
-    void take_weights(Carver& carver) { weight = carver.take<A>(step.channels * step.K * step.K); }
-    WeightCopy<A> weight_copy(const void* conv_weight) const {
-        return {static_cast<const A*>(conv_weight), weight, C, step.K * step.K, false};
+    void take_weights(Carver& carver) {
+        weight = carver.take<Tap>(step.blocks * tap_elements<Tap>(step.K));
+    }
+    WeightCopy<Tap> weight_copy(const void* conv_weight) const {
+        return {static_cast<const A*>(conv_weight), weight, C, step.K, false};
     }
     void take_vectors(Carver& carver) {
         conv_bias = carver.take<A>(step.channels);
@@ -73,13 +79,14 @@ struct NestedConvRows {
         return s;
     }
 
-    // z of image row y, and the statistics of its pixels where they are kept (not null).
-    // g(x, c, lanes) is a Pack of GELU(h).
+    // z of image row y of those that enter from `first` on, and the statistics of its pixels where
+    // they are kept (not null). g(x, c, lanes) is a Pack of GELU(h).
     template <class F>
-    CONVNEST_INLINE_LAMBDA void enter_row(const Scratch& s, std::int64_t y, A* mean, A* rstd,
-                                          F&& g) const {
+    CONVNEST_INLINE_LAMBDA void enter_row(const Scratch& s, std::int64_t y, std::int64_t first,
+                                          A* mean, A* rstd, F&& g) const {
         A* g_row = s.g + (y % kept_rows) * step.W * step.pixel;
-        A* z_row = s.z.row(0, y) + s.z.pad * L;
+        Tap* z_row = s.z.row(0, y) + s.z.pad * L;
+        const auto place = s.z.place(y, first);
         // In one loop for 16-bit elements and 16 registers too: apart, stage 4 took 3% more.
         norm_rows<T, true>(
             step.W, C, eps, g,
@@ -91,7 +98,7 @@ struct NestedConvRows {
             [&](std::int64_t x, std::int64_t c, const auto& xhat,
                 auto lanes) CONVNEST_INLINE_LAMBDA {
                 const auto z = xhat * load_all(ln_weight + c, lanes) + load_all(ln_bias + c, lanes);
-                store_all(z_row + x * L + c / L * s.z.block_stride, z, s.z.block_stride);
+                place.put_all(z_row + x * L + c / L * s.z.block_stride, z, s.z.block_stride);
             });
     }
 

@@ -18,8 +18,29 @@ constexpr int kLargestKernel = 13;
 constexpr std::int64_t kRowsPerStep = 2;
 constexpr std::int64_t kWholeMap = 8;
 
-template <class A>
+// The rows of a ring's block for output rows from y on, up to image row `last_end`, as the row
+// kernels take them.
+template <class E>
+struct RingRows {
+    const E* pointers[kLargestKernel - 1 + kSmallMap];
+    std::int64_t begin, end;
+    bool odd;
+
+    RingRows(const Ring<E>& ring, std::int64_t block, std::int64_t y, std::int64_t last_end)
+        : odd(y % 2 != 0) {
+        // Where rows are pairs the first of them starts one.
+        const std::int64_t top = y - (kTapRows<E> == 1 ? 0 : odd) - ring.pad;
+        const std::int64_t first = ring.index(top, ring.pad);
+        begin = first < 0 ? -first : 0;
+        end = ring.index(last_end - 1, ring.pad) + 1 - first;
+        for (std::int64_t i = begin; i < end; ++i) pointers[i] = ring.at(block, first + i);
+    }
+};
+
+// `E`: an element of the ring.
+template <class E>
 struct RowStep {
+    using A = Accumulate<E>;
     static constexpr int L = kLanes<A>;
 
     std::int64_t H, W;
@@ -45,73 +66,72 @@ struct RowStep {
     }
 
     // `in_turn`: blocks have the ring one after the other, which a step that is a whole map allows.
-    Ring<A> take_ring(Carver& carver, bool in_turn = false) const {
-        const std::int64_t most = rows + K - 1, slots = most < H ? most : H;
+    Ring<E> take_ring(Carver& carver, bool in_turn = false) const {
+        // Of rows or pairs; an odd number of rows begins or ends within a pair.
+        const std::int64_t most = (rows + K - 1 + kTapRows<E> - 1) / kTapRows<E>;
+        const std::int64_t all = Ring<E>::index(H - 1, K / 2) + 1;
+        const std::int64_t slots = most < all ? most : all;
         const std::int64_t padded = tiles.width() + K - 1;
-        const std::int64_t stride = Ring<A>::block_elements(slots, padded);
+        const std::int64_t stride = Ring<E>::block_elements(slots, padded);
         const std::int64_t held = in_turn ? 1 : blocks;
-        return {carver.take<A>(held * stride), held, slots, padded, in_turn ? 0 : stride, K / 2, W};
+        return {carver.take<E>(held * stride), held, slots, padded, in_turn ? 0 : stride, K / 2, W};
+    }
+
+    // A ring of one block and the whole map.
+    Ring<E> take_map(Carver& carver) const {
+        const std::int64_t slots = Ring<E>::index(H - 1, K / 2) + 1;
+        const std::int64_t padded = tiles.width() + K - 1;
+        return {carver.take<E>(slots * padded * L), 1, slots, padded, 0, K / 2, W};
+    }
+
+    // Of what weight_rows takes of `count` rows; it is zero before they are put there.
+    std::int64_t in_elements(std::int64_t count) const {
+        return (count + kTapRows<E> - 1) / kTapRows<E> * tiles.width() * L;
+    }
+    // Where image row y is in it, of a step that starts at `first`.
+    E* in_row(E* in, std::int64_t y, std::int64_t first) const {
+        const std::int64_t i = y / kTapRows<E> - first / kTapRows<E>;
+        return in + i * tiles.width() * L;
+    }
+
+    // Of the step that starts at row y of a band: one that is not the band's first starts a pair.
+    std::int64_t count(std::int64_t y, std::int64_t band_end) const {
+        const std::int64_t most = rows - (kTapRows<E> == 1 ? 0 : y % 2);
+        return band_end - y < most ? band_end - y : most;
     }
 
     // The ring rows that output row y and those that rows before `end` need.
     std::int64_t first_row(std::int64_t y) const { return y > K / 2 ? y - K / 2 : 0; }
     std::int64_t end_row(std::int64_t end) const { return end + K / 2 < H ? end + K / 2 : H; }
 
-    // One block of image row y of n, in the accumulate type. A walk with long strides, so it asks
-    // for the next block.
-    template <class T>
+    // put(x, vector) takes one block of image row y of n. A walk with long strides, so it asks for
+    // the next block.
+    template <class T, class F>
     void copy_row(const T* image, std::int64_t n, std::int64_t y, std::int64_t block,
-                  std::int64_t C, A* out) const {
+                  std::int64_t C, F&& put) const {
         const std::int64_t c = block * L;
         const T* in = image + (n * H + y) * W * C + c;
         const FirstLanes rest{static_cast<int>(C - c < L ? C - c : L)};
         for (std::int64_t x = 0; x < W; ++x) {
             const T* at = in + x * C;
             ask_for(at, L, AllLanes<1>{});
-            store(out + x * L, rest.count == L ? load_from(at) : load_as(at, rest).v[0]);
-        }
-    }
-
-    // pointers[i] = ring row y - p + i of a block; those in [begin, end) exist.
-    struct Rows {
-        const A* pointers[kLargestKernel - 1 + kSmallMap];
-        std::int64_t begin, end;
-    };
-    void point(const Ring<A>& ring, std::int64_t block, std::int64_t y, std::int64_t count,
-               Rows* rows_out) const {
-        const std::int64_t top = y - K / 2;
-        rows_out->begin = top < 0 ? -top : 0;
-        rows_out->end = end_row(y + count) - top;
-        for (std::int64_t i = rows_out->begin; i < rows_out->end; ++i) {
-            rows_out->pointers[i] = ring.row(block, top + i);
+            put(x, rest.count == L ? load_from(at) : load_as(at, rest).v[0]);
         }
     }
 
     // All blocks of `count` rows from y on, to out + r * out_row + x * out_pixel + block *
     // out_block; enter(block) comes before each.
     template <class F>
-    CONVNEST_INLINE_LAMBDA void convolve(const RowKernels<A>& kernels, const Ring<A>& ring,
-                                         const A* weight, std::int64_t y, std::int64_t count,
+    CONVNEST_INLINE_LAMBDA void convolve(const RowKernels<E>& kernels, const Ring<E>& ring,
+                                         const E* weight, std::int64_t y, std::int64_t count,
                                          A* out, std::int64_t out_row, std::int64_t out_pixel,
                                          std::int64_t out_block, F&& enter) const {
-        Rows r;
         for (std::int64_t b = 0; b < blocks; ++b) {
             enter(b);
-            point(ring, b, y, count, &r);
-            kernels.conv_rows({r.pointers, r.begin, r.end, weight + b * K * K * L,
-                               out + b * out_block, out_row, out_pixel, count, W, tiles});
+            const RingRows<E> r(ring, b, y, end_row(y + count));
+            kernels.conv_rows({r.pointers, r.begin, r.end, weight + b * tap_elements<E>(K),
+                               out + b * out_block, out_row, out_pixel, count, W, tiles, r.odd});
         }
-    }
-};
-
-// The rows of a ring that holds a whole map, as the row kernels take them.
-template <class A>
-struct MapRows {
-    const A* pointers[kLargestKernel - 1 + kSmallMap];
-    std::int64_t begin, end;
-
-    MapRows(const Ring<A>& ring, std::int64_t H, int K) : begin(K / 2), end(K / 2 + H) {
-        for (std::int64_t i = begin; i < end; ++i) pointers[i] = ring.row(0, i - begin);
     }
 };
 

@@ -64,8 +64,9 @@ class Case:
 
 
 # Channels off every vector and register tile; odd C for the operands that come in pairs; maps
-# smaller than the kernel, of one step, of several; several bands and chunks. From 865 wide channels
-# on small maps are done in slices: two groups of images, one slice and a bit, all that may be None.
+# smaller than the kernel, of one step, of several; several bands and chunks, from even rows on and
+# from odd ones. From 865 wide channels on small maps are done in slices: two groups of images, one
+# slice and a bit, all that may be None.
 CASES = [
     Case((1, 1, 1, 1), 12),
     Case((2, 1, 5, 3), 7, 3),
@@ -77,6 +78,7 @@ CASES = [
     Case((1, 5, 9, 24), 288, 11),
     Case((1, 14, 3, 33), 65, 13),
     Case((1, 30, 29, 6), 40, 3),
+    Case((1, 13, 4, 7), 40, 3),
     Case((7, 7, 7, 20), 1000),
     Case((2, 13, 16, 6), 880, 5, shortcut=False),
     Case((3, 16, 2, 33), 865, 13, none=tuple(OPTIONAL)),
@@ -333,6 +335,26 @@ def test_same_bits_for_every_run_and_thread_count(
     for other in found[1:]:
         for name, value in other.items():
             assert torch.equal(value, found[0][name]), name
+
+
+@pytest.mark.usefixtures("threads")
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case((1, 45, 5, 8), 50), Case((1, 7, 7, 24), 288), Case((2, 7, 7, 6), 880)], ids=str
+)
+def test_nothing_is_left_of_an_earlier_call(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """Scratch memory is kept from call to call; bands begin at even rows and at odd ones."""
+    tensors, bad, dy = arguments(case, dtype), arguments(case, dtype), cotangent(case, dtype)
+    with torch.no_grad():
+        bad["x"].fill_(float("nan"))
+    options = {"backend": backend, "recompute": "all"}
+    expected = results(ops.nested_block, tensors, dy, **options)
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results(ops.nested_block, bad, dy, **options)
+        for name, value in results(ops.nested_block, tensors, dy, **options).items():
+            assert torch.equal(value, expected[name]), name
 
 
 @each_isa

@@ -28,31 +28,6 @@ void copy_parameter(const void* parameter, A when_null, std::int64_t C, A* padde
     for (std::int64_t c = C; c < padded_channels<A>(C); ++c) padded[c] = 0;
 }
 
-// [C, K * K] to [block][K * K][L], flipped for an input gradient.
-template <class A>
-struct WeightCopy {
-    const A* weight;
-    A* blocked;
-    std::int64_t C;
-    int taps;
-    bool flip;
-
-    static void run_block(std::int64_t block, char*, void* context) {
-        const WeightCopy& copy = *static_cast<const WeightCopy*>(context);
-        constexpr int L = kLanes<A>;
-        A* out = copy.blocked + block * copy.taps * L;
-        for (int lane = 0; lane < L; ++lane) {
-            const std::int64_t c = block * L + lane;
-            const A* in = copy.weight + (c < copy.C ? c : 0) * copy.taps;
-            for (int tap = 0; tap < copy.taps; ++tap) {
-                out[(copy.flip ? copy.taps - 1 - tap : tap) * L + lane] =
-                    c < copy.C ? in[tap] : A(0);
-            }
-        }
-    }
-    Units units() { return {block_count<A>(C), 0, nullptr, run_block, this}; }
-};
-
 // The sums of one kernel call, one partial per chunk: [taps * Cp] in reversed order of taps and
 // channel-blocked as weight_rows adds them, then kVectors times [Cp].
 template <class A>

@@ -40,6 +40,10 @@ template <>
 struct VecOf<double> {
     using type = Doubles;
 };
+template <>
+struct VecOf<std::uint32_t> {
+    using type = Words;
+};
 template <class A>
 using Vec = typename VecOf<A>::type;
 
