@@ -31,7 +31,6 @@ void normalize(const Params& p, void* stream) {
          .rstd = p.rstd,
          .rows = static_cast<std::uint32_t>(p.N * p.H) * p.W,
          .C = p.C,
-         .threads_per_row = 0,
          .eps = p.eps,
          .y = p.y,
          .ln_weight = p.ln_weight,

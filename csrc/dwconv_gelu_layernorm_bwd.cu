@@ -45,9 +45,7 @@ struct Backward : ConvBackward<Params> {
                                                         .dx = dc,
                                                         .partials = norm_partials(),
                                                         .rows = pixels,
-                                                        .C = p.C,
-                                                        .threads_per_row = 0,
-                                                        .groups = 0},
+                                                        .C = p.C},
                                                        stream);
     }
 

@@ -16,7 +16,6 @@ void forward(const GeluLayerNormFwdParams& p, void* stream) {
                                      .rstd = p.rstd,
                                      .rows = static_cast<std::uint32_t>(p.rows),
                                      .C = p.C,
-                                     .threads_per_row = 0,
                                      .eps = p.eps,
                                      .y = p.y,
                                      .ln_weight = p.ln_weight,
@@ -45,9 +44,7 @@ void backward(const GeluLayerNormBwdParams& p, void* stream) {
                                 .dx = p.dx,
                                 .partials = norm_gradients ? partials : nullptr,
                                 .rows = rows,
-                                .C = p.C,
-                                .threads_per_row = 0,
-                                .groups = 0};
+                                .C = p.C};
     if (p.norm_first) {
         launch_layernorm_bwd<Element, NormOrder::norm_then_gelu, kVector>("gelu_layernorm_bwd",
                                                                           args, stream);
@@ -55,10 +52,10 @@ void backward(const GeluLayerNormBwdParams& p, void* stream) {
         launch_layernorm_bwd<Element, NormOrder::gelu_then_norm, kVector>("gelu_layernorm_bwd",
                                                                           args, stream);
     }
-    const int groups = plan_rows(rows, p.C).groups;
+    const int blocks = row_blocks(rows);
     const auto sum = [&](float* out, const float* from) {
         if (out == nullptr) return;
-        launch_sum_partials({from, out, 2 * static_cast<std::size_t>(p.C), groups, p.C}, stream);
+        launch_sum_partials({from, out, 2 * static_cast<std::size_t>(p.C), blocks, p.C}, stream);
     };
     sum(p.dln_weight, partials);
     sum(p.dln_bias, partials + p.C);
@@ -78,7 +75,7 @@ void launch_gelu_layernorm_fwd(const GeluLayerNormFwdParams& params, ElementType
 }
 
 std::size_t gelu_layernorm_bwd_workspace_bytes(std::int64_t rows, int C) {
-    return sizeof(float) * 2 * C * plan_rows(static_cast<std::uint32_t>(rows), C).groups;
+    return sizeof(float) * 2 * C * row_blocks(static_cast<std::uint32_t>(rows));
 }
 
 void launch_gelu_layernorm_bwd(const GeluLayerNormBwdParams& params, ElementType type,

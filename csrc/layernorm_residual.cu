@@ -18,7 +18,6 @@ void forward(const LayerNormResidualFwdParams& p, void* stream) {
          .rstd = p.rstd,
          .rows = static_cast<std::uint32_t>(p.rows),
          .C = p.C,
-         .threads_per_row = 0,
          .eps = p.eps,
          .y = p.y,
          .ln_weight = p.ln_weight,
@@ -46,15 +45,13 @@ void backward(const LayerNormResidualBwdParams& p, void* stream) {
          .partials = sums ? partials : nullptr,
          .rows = rows,
          .C = p.C,
-         .threads_per_row = 0,
-         .groups = 0,
          .scale = p.scale,
          .dresidual = p.dx},
         stream);
-    const int groups = plan_rows(rows, p.C).groups;
+    const int blocks = row_blocks(rows);
     const auto sum = [&](float* out, const float* from) {
         if (out == nullptr) return;
-        launch_sum_partials({from, out, 3 * static_cast<std::size_t>(p.C), groups, p.C}, stream);
+        launch_sum_partials({from, out, 3 * static_cast<std::size_t>(p.C), blocks, p.C}, stream);
     };
     sum(p.dln_weight, partials);
     sum(p.dln_bias, partials + p.C);
@@ -75,7 +72,7 @@ void launch_layernorm_residual_fwd(const LayerNormResidualFwdParams& params, Ele
 }
 
 std::size_t layernorm_residual_bwd_workspace_bytes(std::int64_t rows, int C) {
-    return sizeof(float) * 3 * C * plan_rows(static_cast<std::uint32_t>(rows), C).groups;
+    return sizeof(float) * 3 * C * row_blocks(static_cast<std::uint32_t>(rows));
 }
 
 void launch_layernorm_residual_bwd(const LayerNormResidualBwdParams& params, ElementType type,

@@ -23,7 +23,6 @@ void launch_statistics(const NestedConvFwdParams& p, void* stream) {
          .rstd = p.rstd,
          .rows = static_cast<std::uint32_t>(p.N * p.H) * p.W,
          .C = p.C,
-         .threads_per_row = 0,
          .eps = p.eps,
          .y = nullptr,
          .ln_weight = nullptr,

@@ -44,9 +44,7 @@ struct Backward : ConvBackward<NestedConvBwdParams> {
                  .dx = p.dh,
                  .partials = norm_partials(),
                  .rows = pixels,
-                 .C = p.C,
-                 .threads_per_row = 0,
-                 .groups = 0},
+                 .C = p.C},
                 stream);
         }
         sum_up(small);

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kFinishThreads)
     }
     __syncthreads();
 
-    using Vector = RowVector<Element>;
+    using Vector = RowVector<Element, 8>;
     const int octets = args.C / 8;
     const std::uint32_t rows = args.pixels - first < static_cast<std::uint32_t>(args.rows)
                                    ? args.pixels - first
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kFinishThreads)
         const int owner =
             static_cast<int>(static_cast<std::uint64_t>(i) * args.octet_reciprocal >> 31);
         const auto norm = load_shared<float4>(&shared.rows[owner]);
-        const Vector gradient{{{p.x, p.y, p.z, p.w}}};
+        const Vector gradient{{p.x, p.y, p.z, p.w}};
         float dh[8];
 #pragma unroll
         for (int c = 0; c < 8; ++c) {

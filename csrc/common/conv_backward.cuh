@@ -84,7 +84,7 @@ struct ConvBackwardPlan {
             const int small_groups = small_map_groups(N, C);
             groups = small_groups > groups ? small_groups : groups;
         }
-        const int norm_groups = plan_rows(static_cast<std::uint32_t>(N * H) * W, C).groups;
+        const int norm_groups = row_blocks(static_cast<std::uint32_t>(N * H) * W);
         Workspace workspace{bytes};
         const ParameterPartials placed(workspace, C, kernel_size, groups, norm_groups);
         bytes = workspace.bytes;

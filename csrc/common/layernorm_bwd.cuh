@@ -10,12 +10,12 @@
 //     all             dγ = Σ_rows dy·ẑ,  dβ = Σ_rows dy
 //
 // Reads dy, x, extra [rows, C] (extra may be null), mean, rstd; writes dx (unless null) and partial
-// sums of dγ and dβ, [groups, 2, C] (unless null), for sum_partials().
+// sums of dγ and dβ, [blocks, 2, C] (unless null), for sum_partials().
 //
-// A row belongs to `threads_per_row` neighbouring threads, each with kOctets vectors of 8 channels;
-// a group is such a set of threads, and takes every `groups`-th row. The number of groups is a
-// function of the shape alone, so that results repeat bit by bit. With one vector to a thread, the
-// next row's are on their way while this one is reduced; two leave no registers for that.
+// A row belongs to 1 to 512 neighbouring threads (RowCut), which hold it in vectors of 4 channels
+// and their parameters' sums with it: all that a row costs beside its channels is paid for up to 20
+// of them. A block takes every `gridDim.x`-th set of rows and adds up its threads' sums at the end.
+// The number of blocks is a function of the shape alone, so that results repeat bit by bit.
 #pragma once
 
 #include "common/gelu.cuh"
@@ -25,9 +25,17 @@ namespace convnest::cuda {
 
 enum class NormOrder { gelu_then_norm, norm_then_gelu, norm, norm_residual };
 
-constexpr int kRowThreads = 512;  // the most threads of a block
-constexpr int kMostRowOctets = 2;
-constexpr int kMostRowChannels = kRowThreads * kMostRowOctets * 8;
+constexpr int kMostRowThreads = 512;
+constexpr int kMostRowChannels = 8192;
+
+// Vectors that a thread can hold in 128 registers.
+template <class Element, NormOrder kOrder>
+constexpr int kHeldQuads =
+    sizeof(typename Element::Storage) == 2 &&
+            (kOrder == NormOrder::gelu_then_norm || kOrder == NormOrder::norm)
+        ? 5
+        : 4;
+static_assert(kMostRowChannels <= kMostRowThreads * 4 * 4);
 
 struct LayerNormBwdArgs {
     const void* dy;          // [rows, C]
@@ -39,229 +47,202 @@ struct LayerNormBwdArgs {
     const float* ln_weight;  // [C] or null
     const float* ln_bias;    // [C] or null; norm_then_gelu only
     void* dx;                // [rows, C] or null
-    float* partials;         // [groups, 2, C] or null: of dγ and dβ; norm_residual: 3, also ds
+    float* partials;         // [blocks, 2, C] or null: of dγ and dβ; norm_residual: 3, also ds
     std::uint32_t rows;
     int C;
-    int threads_per_row;
-    int groups;
     // norm_residual alone
     const float* scale = nullptr;  // [C] or null: 1
     void* dresidual = nullptr;     // [rows, C] or null
+    RowCut cut = {0, 0};           // launch_layernorm_bwd
 };
 
-template <int kOctets>
 struct LayerNormBwdShared {
-    float2 sums[2][kRowThreads / kWarpSize];  // by parity of the row: one barrier is enough
-    // γ of two vectors, thread-private, to spare registers
-    float gamma[kOctets == 1 ? 1 : kOctets * 8][kRowThreads];
+    float2 rows[2][kMostRowThreads / kWarpSize];  // by parity of the turn: one barrier is enough
+    float4 sums[1];                               // [kHeld][threads of the block]
 };
 
-// kVector: C % 8 == 0 and dy, x, extra and dx are 16-byte aligned.
-template <class Element, NormOrder kOrder, int kOctets, bool kVector>
-__global__ void __launch_bounds__(kRowThreads) layernorm_bwd_kernel(LayerNormBwdArgs args) {
-    CONVNEST_SHARED_MEMORY(LayerNormBwdShared<kOctets>, shared);
-    const int lane = threadIdx.x % args.threads_per_row;
-    const int sets = blockDim.x / args.threads_per_row, set = threadIdx.x / args.threads_per_row;
-    const std::uint32_t group = blockIdx.x * sets + set;
-    const int warps = args.threads_per_row / kWarpSize;
-
+// kVector: C % 4 == 0, and dy, x, extra, dx and the parameters are 16-byte aligned.
+template <class Element, NormOrder kOrder, bool kVector>
+__global__ void __launch_bounds__(kMostRowThreads) layernorm_bwd_kernel(LayerNormBwdArgs args) {
+    CONVNEST_SHARED_MEMORY(LayerNormBwdShared, shared);
     using Storage = typename Element::Storage;
-    using Vector = RowVector<Element>;
+    using Vector = RowVector<Element, 4>;
+    constexpr int kHeld = kHeldQuads<Element, kOrder>;
     constexpr bool kResidual = kOrder == NormOrder::norm_residual;
-    struct Vectors {
-        Vector dy[kOctets], x[kOctets], extra[kOctets];
-        float mean, rstd;
-    };
-    const auto octet_of = [&](int o) { return lane + o * args.threads_per_row; };
-    // Two vectors of float, or of single elements, are read again for the last step, from a nearer
-    // cache, instead of held: there are no registers for them.
-    constexpr bool kAgain = kOctets == 2 && (sizeof(Storage) == 4 || !kVector);
-    const auto load = [&](Vectors& v, std::uint32_t row) {
-        v = Vectors{};
-        if (row >= args.rows) return;
-        v.mean = load_global(args.mean + row);
-        v.rstd = load_global(args.rstd + row);
-        const std::size_t first = static_cast<std::size_t>(row) * args.C;
-#pragma unroll
-        for (int o = 0; o < kOctets; ++o) {
-            const int channel = octet_of(o) * 8, channels = args.C - channel;
-            if (channels <= 0) continue;
-            const auto read = [&](const void* tensor) {
-                return Vector::template load<kVector>(
-                    static_cast<const Storage*>(tensor) + first + channel, channels);
-            };
-            v.dy[o] = read(args.dy);
-            v.x[o] = read(args.x);
-            if (args.extra != nullptr && (kResidual || !kAgain)) v.extra[o] = read(args.extra);
-        }
-    };
-    float gamma_register[8], beta[kOctets][8], dgamma[kOctets][8], dbeta[kOctets][8];
-    float dscale[kOctets][8];
-#pragma unroll
-    for (int o = 0; o < kOctets; ++o) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const int channel = octet_of(o) * 8 + i;
-            const bool exists = channel < args.C;
-            const float gamma =
-                exists && args.ln_weight ? load_global(args.ln_weight + channel) : 1.f;
-            if (kOctets == 1) {
-                gamma_register[i] = gamma;
-            } else {
-                store_shared(&shared.gamma[o * 8 + i][threadIdx.x], gamma);
-            }
-            beta[o][i] = exists && args.ln_bias ? load_global(args.ln_bias + channel) : 0.f;
-            dgamma[o][i] = dbeta[o][i] = dscale[o][i] = 0.f;
-        }
-    }
+    // What is held in registers until a row's sums are known; the rest is cheaper to make again.
+    constexpr bool kHoldsNormal =
+        kOrder == NormOrder::gelu_then_norm || (kOrder == NormOrder::norm_then_gelu && !kVector);
+    constexpr bool kHoldsA = kOrder == NormOrder::norm_then_gelu ||
+                             (kOrder == NormOrder::gelu_then_norm && sizeof(Storage) == 2);
+    constexpr bool kReadsAhead = kResidual && kVector;  // the residual, with x and dy
+    const int threads = args.cut.threads(), lane = threadIdx.x & (threads - 1);
+    const int sets = blockDim.x >> args.cut.shift, set = threadIdx.x >> args.cut.shift;
+    const int warps = threads / kWarpSize;  // 0 and 1: a row lies in a warp
+    const auto channel_of = [&](int j) { return (lane + j * threads) * 4; };
 
-    const auto gamma_of = [&](int o, int i) {
-        return kOctets == 1 ? gamma_register[i]
-                            : load_shared<float>(&shared.gamma[o * 8 + i][threadIdx.x]);
-    };
-    // Vectors of float take twice the registers.
-    constexpr bool kAhead = kOctets == 1 && sizeof(Storage) == 2;
-    Vectors next;
-    if (kAhead) load(next, group);
+    float dgamma[kHeld][4] = {}, dbeta[kHeld][4] = {}, dscale[kHeld][4] = {};
     int parity = 0;
-    // All groups of a block make the same number of turns: there is a barrier inside.
+    // All rows of a block make the same number of turns: there is a barrier inside.
 #pragma unroll 1
-    for (std::uint32_t base = blockIdx.x * sets; base < args.rows; base += args.groups) {
+    for (std::uint32_t base = blockIdx.x * sets; base < args.rows; base += gridDim.x * sets) {
         const std::uint32_t row = base + set;
-        if (!kAhead) load(next, row);
-        const Vectors v = next;
-        if (kAhead) load(next, row + args.groups);
+        const int width = row < args.rows ? args.C : 0;
+        const std::size_t first = static_cast<std::size_t>(row) * args.C;
+        const auto read = [&](const void* tensor, int j) {
+            return Vector::template load<kVector>(
+                static_cast<const Storage*>(tensor) + first + channel_of(j), width - channel_of(j));
+        };
+        Vector x[kHeld], dy[kHeld], extra[kHeld];
+        float mean = 0.f, rstd = 0.f;
+        if (width > 0) mean = load_global(args.mean + row), rstd = load_global(args.rstd + row);
+#pragma unroll
+        for (int j = 0; j < kHeld; ++j) {
+            if (channel_of(j) >= width) break;
+            x[j] = read(args.x, j), dy[j] = read(args.dy, j);
+            if (kReadsAhead && args.extra != nullptr) extra[j] = read(args.extra, j);
+        }
 
-        float normal[kOctets][8], dy[kOctets][8], sum = 0.f, sum_normal = 0.f;
+        const auto normal_of = [&](int j, int i) {
+            const float value = x[j].get(i);
+            return ((kOrder == NormOrder::gelu_then_norm ? gelu_of<Element>(value) : value) -
+                    mean) *
+                   rstd;
+        };
+        float normal[kHeld][4], a[kHeld][4], sum = 0.f, sum_normal = 0.f;
 #pragma unroll
-        for (int o = 0; o < kOctets; ++o) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const bool exists =
-                    kVector ? octet_of(o) * 8 < args.C : octet_of(o) * 8 + i < args.C;
-                const float gamma = gamma_of(o, i);
-                float value = v.x[o].get(i);
-                if (kOrder == NormOrder::gelu_then_norm) value = gelu_of<Element>(value);
-                normal[o][i] = exists ? (value - v.mean) * v.rstd : 0.f;
-                dy[o][i] = v.dy[o].get(i);
-                if (kResidual) dscale[o][i] = fmaf(dy[o][i], v.extra[o].get(i), dscale[o][i]);
-                if (kOrder == NormOrder::norm_then_gelu) {
-                    dy[o][i] *= gelu_slope_of<Element>(fmaf(normal[o][i], gamma, beta[o][i]));
-                }
-                dgamma[o][i] = fmaf(dy[o][i], normal[o][i], dgamma[o][i]);
-                dbeta[o][i] += dy[o][i];
-                dy[o][i] *= gamma;
-                sum += dy[o][i];
-                sum_normal = fmaf(dy[o][i], normal[o][i], sum_normal);
+        for (int j = 0; j < kHeld; ++j) {
+            const int channel = channel_of(j), channels = width - channel;
+            if (channels <= 0) break;
+            float gamma[4], beta[4], scale[4];
+            load_parameter<kVector>(args.ln_weight, channel, channels, 1.f, gamma);
+            if (kOrder == NormOrder::norm_then_gelu) {
+                load_parameter<kVector>(args.ln_bias, channel, channels, 0.f, beta);
             }
-            // Here, where dy is at hand, and not with dx.
-            const int channel = octet_of(o) * 8, channels = args.C - channel;
-            if (kResidual && args.dresidual != nullptr && row < args.rows && channels > 0) {
-                float dr[8];
+            if (kResidual) load_parameter<kVector>(args.scale, channel, channels, 1.f, scale);
+            if (kResidual && !kReadsAhead && args.extra != nullptr) extra[j] = read(args.extra, j);
+            float dresidual[4];
 #pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    const bool scaled = args.scale != nullptr && i < channels;
-                    dr[i] = v.dy[o].get(i) * (scaled ? load_global(args.scale + channel + i) : 1.f);
+            for (int i = 0; i < 4; ++i) {
+                float gradient = dy[j].get(i);
+                normal[j][i] = normal_of(j, i);
+                if (kResidual) {
+                    dresidual[i] = gradient * scale[i];
+                    if (args.extra != nullptr) {
+                        dscale[j][i] = fmaf(gradient, extra[j].get(i), dscale[j][i]);
+                    }
                 }
-                Storage* out = static_cast<Storage*>(args.dresidual) +
-                               static_cast<std::size_t>(row) * args.C + channel;
-                Vector::template store<kVector>(out, dr, channels);
+                if (kOrder == NormOrder::norm_then_gelu) {
+                    gradient *= gelu_slope_of<Element>(fmaf(normal[j][i], gamma[i], beta[i]));
+                }
+                // Of a channel that does not exist dy is zero, and so is all that follows.
+                dgamma[j][i] = fmaf(gradient, normal[j][i], dgamma[j][i]);
+                dbeta[j][i] += gradient;
+                a[j][i] = gradient * gamma[i];
+                sum += a[j][i];
+                sum_normal = fmaf(a[j][i], normal[j][i], sum_normal);
+            }
+            if (kResidual && args.dresidual != nullptr) {
+                Vector::template store<kVector>(
+                    static_cast<Storage*>(args.dresidual) + first + channel, dresidual, channels);
             }
         }
-        sum = warp_sum(sum);
-        sum_normal = warp_sum(sum_normal);
+        sum = lane_sum(sum, threads);
+        sum_normal = lane_sum(sum_normal, threads);
         if (warps > 1) {
-            float2* sums = shared.sums[parity];
-            if (lane % kWarpSize == 0) {
+            float2* sums = shared.rows[parity];
+            if (threadIdx.x % kWarpSize == 0) {
                 store_shared(sums + threadIdx.x / kWarpSize, make_float2(sum, sum_normal));
             }
             __syncthreads();
             sum = sum_normal = 0.f;
             for (int i = 0; i < warps; ++i) {
                 const auto part = load_shared<float2>(sums + set * warps + i);
-                sum += part.x;
-                sum_normal += part.y;
+                sum += part.x, sum_normal += part.y;
             }
             parity ^= 1;
         }
+        if (args.dx == nullptr) continue;
         const float m1 = sum / args.C, m2 = sum_normal / args.C;
-        if (args.dx == nullptr || row >= args.rows) continue;
+        if (!kHoldsNormal) {
+            mean = bits_to_float(recompute_from(static_cast<int>(float_to_bits(mean))));
+        }
 #pragma unroll
-        for (int o = 0; o < kOctets; ++o) {
-            const int channel = octet_of(o) * 8, channels = args.C - channel;
-            if (channels <= 0) continue;
-            const std::size_t first = static_cast<std::size_t>(row) * args.C;
-            const auto read = [&](const void* tensor) {
-                return Vector::template load<kVector>(
-                    static_cast<const Storage*>(tensor) + first + channel, channels);
-            };
-            Vector x = v.x[o], extra = v.extra[o];
-            if (kAgain) {
-                if (kOrder == NormOrder::gelu_then_norm) x = read(args.x);
-                if (!kResidual && args.extra != nullptr) extra = read(args.extra);
+        for (int j = 0; j < kHeld; ++j) {
+            if (channel_of(j) >= width) break;
+            if (!kResidual && args.extra != nullptr) extra[j] = read(args.extra, j);
+            float gamma[4], dx[4];
+            if (!kHoldsA) {
+                load_parameter<kVector>(args.ln_weight, channel_of(j), width - channel_of(j), 1.f,
+                                        gamma);
             }
-            float dx[8];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const float added = kResidual ? 0.f : extra.get(i);
-                dx[i] = fmaf(dy[o][i] - fmaf(normal[o][i], m2, m1), v.rstd, added);
+            for (int i = 0; i < 4; ++i) {
+                const bool added = !kResidual && args.extra != nullptr;
+                if (!kHoldsNormal) normal[j][i] = normal_of(j, i);
+                if (!kHoldsA) a[j][i] = dy[j].get(i) * gamma[i];
+                dx[i] =
+                    fmaf(a[j][i] - fmaf(normal[j][i], m2, m1), rstd, added ? extra[j].get(i) : 0.f);
                 if (kOrder == NormOrder::gelu_then_norm) {
-                    dx[i] *= gelu_slope_of<Element>(x.get(i));
+                    dx[i] *= gelu_slope_of<Element>(x[j].get(i));
                 }
             }
-            Storage* out = static_cast<Storage*>(args.dx) + first;
-            Vector::template store<kVector>(out + channel, dx, channels);
+            Vector::template store<kVector>(static_cast<Storage*>(args.dx) + first + channel_of(j),
+                                            dx, width - channel_of(j));
         }
     }
 
     if (args.partials == nullptr) return;
     constexpr int kSums = kResidual ? 3 : 2;
-    float* out = args.partials + static_cast<std::size_t>(group) * kSums * args.C;
+    const auto add_up = [&](const float (&value)[kHeld][4], int which) {
+        float* out =
+            args.partials + (static_cast<std::size_t>(blockIdx.x) * kSums + which) * args.C;
+        __syncthreads();  // the sums before these have been read
 #pragma unroll
-    for (int o = 0; o < kOctets; ++o) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const int channel = octet_of(o) * 8 + i;
-            if (channel >= args.C) continue;
-            store_global(out + channel, dgamma[o][i]);
-            store_global(out + args.C + channel, dbeta[o][i]);
-            if (kResidual) store_global(out + 2 * args.C + channel, dscale[o][i]);
+        for (int j = 0; j < kHeld; ++j) {
+            store_shared(&shared.sums[j * blockDim.x + threadIdx.x],
+                         make_float4(value[j][0], value[j][1], value[j][2], value[j][3]));
         }
-    }
+        __syncthreads();
+        for (int vector = threadIdx.x; vector * 4 < args.C; vector += blockDim.x) {
+            const int at = (vector >> args.cut.shift) * blockDim.x + (vector & (threads - 1));
+            auto sum = load_shared<float4>(&shared.sums[at]);
+            for (int other = 1; other < sets; ++other) {
+                const auto part = load_shared<float4>(&shared.sums[at + other * threads]);
+                sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+            }
+            const float total[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if (vector * 4 + i < args.C) store_global(out + vector * 4 + i, total[i]);
+            }
+        }
+    };
+    add_up(dgamma, 0);
+    add_up(dbeta, 1);
+    if (kResidual) add_up(dscale, 2);
 }
 
-// How rows are dealt out: enough threads for a row, blocks of 256 threads or of one row, and two
-// such blocks for each SM of the largest GPUs, however many this one has.
-struct RowPlan {
-    int octets, threads_per_row, sets, blocks, groups;
-};
-
-inline RowPlan plan_rows(std::uint32_t rows, int C) {
-    constexpr int kBlocks = 2 * 148, kEnoughThreads = 256;
-    RowPlan plan{};
-    const int octets = ceil_div(C, 8);
-    plan.octets = octets > kRowThreads ? 2 : 1;
-    plan.threads_per_row = ceil_div(ceil_div(octets, plan.octets), kWarpSize) * kWarpSize;
-    plan.sets = plan.threads_per_row < kEnoughThreads ? kEnoughThreads / plan.threads_per_row : 1;
-    const std::uint32_t blocks = (rows + plan.sets - 1) / plan.sets;
-    plan.blocks = blocks < kBlocks ? static_cast<int>(blocks) : kBlocks;
-    plan.groups = plan.blocks * plan.sets;
-    return plan;
+// Blocks, each with partial sums of its own: twice as many as an H100 or H200 runs at once (132
+// SMs, two blocks each); more of them would end more evenly elsewhere, and write more sums.
+inline int row_blocks(std::uint32_t rows) {
+    constexpr std::uint32_t kBlocks = 4 * 132;
+    return static_cast<int>(rows < kBlocks ? rows : kBlocks);
 }
 
+// kVector: C and the tensors allow it.
 template <class Element, NormOrder kOrder, bool kVector>
 void launch_layernorm_bwd(const char* name, LayerNormBwdArgs args, void* stream) {
-    const RowPlan plan = plan_rows(args.rows, args.C);
-    args.threads_per_row = plan.threads_per_row;
-    args.groups = plan.groups;
+    constexpr int kHeld = kHeldQuads<Element, kOrder>, kEnoughThreads = 256;
+    args.cut = cut_row(args.C, 4, kHeld, kMostRowThreads);
+    const int threads = args.cut.threads() > kEnoughThreads ? args.cut.threads() : kEnoughThreads;
+    const bool vector = kVector && all_aligned(args.ln_weight, args.ln_bias, args.scale);
     run({.kernel = name,
-         .grid = dim3(plan.blocks),
-         .block = dim3(plan.threads_per_row * plan.sets),
-         .shared_bytes =
-             plan.octets == 1 ? sizeof(LayerNormBwdShared<1>) : sizeof(LayerNormBwdShared<2>),
+         .grid = dim3(row_blocks(args.rows)),
+         .block = dim3(threads),
+         .shared_bytes = offsetof(LayerNormBwdShared, sums) + sizeof(float4) * kHeld * threads,
          .stream = stream},
-        plan.octets == 1 ? layernorm_bwd_kernel<Element, kOrder, 1, kVector>
-                         : layernorm_bwd_kernel<Element, kOrder, 2, kVector>,
+        vector ? layernorm_bwd_kernel<Element, kOrder, kVector>
+               : layernorm_bwd_kernel<Element, kOrder, false>,
         args);
 }
 

@@ -1,4 +1,4 @@
-// What the launches of the row operators share: checks, alignment, the choice of the instance.
+// What the launches of the row operators share: checks, the choice of the instance.
 #pragma once
 
 #include <stdexcept>
@@ -10,11 +10,6 @@
 #include "common/sum_partials.cuh"
 
 namespace convnest::cuda {
-
-template <class... Pointers>
-bool all_aligned(const Pointers*... pointers) {
-    return ((reinterpret_cast<std::uintptr_t>(pointers) % 16 == 0) && ...);
-}
 
 // Throws std::invalid_argument for sizes that the row kernels do not take.
 inline void check_rows(const char* name, std::int64_t rows, int C) {
