@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench import cells, contenders, floors, limits, machine, plan, report, timing
+from bench import cells, contenders, floors, limits, machine, plan, process, report, timing
 from bench.cases import DTYPES, MEMORY_FORMATS, VARIANTS
 from bench.plan import Planned
 from bench.store import Store
@@ -93,17 +93,18 @@ def run(args: argparse.Namespace) -> int:
     failed = _doctor(folder, deadline) if args.full and not has_report else False
     _begin(store, args)
     left = []
-    for number, planned in enumerate(missing, 1):
-        if left or deadline - time.monotonic() < SHORTEST_CELL:
-            left.append(planned.cell)
-            continue
-        print(f"[{number}/{len(missing)}] {planned.cell.title}", file=sys.stderr, flush=True)
-        record = _measure(planned, args, store.read()["limits"], deadline)
-        if record is None:
-            left.append(planned.cell)
-            continue
-        failed |= "failed" in record or _is_refused(record)
-        store.add(planned.cell, record)
+    with process.measuring(args.device) as measure:
+        for number, planned in enumerate(missing, 1):
+            if left or deadline - time.monotonic() < SHORTEST_CELL:
+                left.append(planned.cell)
+                continue
+            print(f"[{number}/{len(missing)}] {planned.cell.title}", file=sys.stderr, flush=True)
+            record = _measure(measure, planned, args, store.read()["limits"], deadline)
+            if record is None:
+                left.append(planned.cell)
+                continue
+            failed |= "failed" in record or _is_refused(record)
+            store.add(planned.cell, record)
     for cell in left:
         print(f"not run, {minutes:g} minutes were up: {cell.title}", file=sys.stderr)
     _show(store, {planned.cell.key for planned in wanted}, args, folder)
@@ -145,13 +146,14 @@ def _print_plan(missing: list[Planned], count: int) -> None:
 def _prepare(missing: list[Planned], args: argparse.Namespace) -> int:
     """Compile alone: torch's compilers keep what they made on disk."""
     failed = False
-    for number, planned in enumerate(missing, 1):
-        compiled = [name for name in planned.peers if contenders.CONTENDERS[name].compiles]
-        print(f"[{number}/{len(missing)}] {planned.cell.title}", file=sys.stderr, flush=True)
-        alone = dataclasses.replace(planned, peers=compiled, left_out={})
-        record = _measure(alone, args, None, math.inf, samples=0)
-        assert record is not None
-        failed |= "failed" in record
+    with process.measuring(args.device) as measure:
+        for number, planned in enumerate(missing, 1):
+            compiled = [name for name in planned.peers if contenders.CONTENDERS[name].compiles]
+            print(f"[{number}/{len(missing)}] {planned.cell.title}", file=sys.stderr, flush=True)
+            alone = dataclasses.replace(planned, peers=compiled, left_out={})
+            record = _measure(measure, alone, args, None, math.inf, samples=0)
+            assert record is not None
+            failed |= "failed" in record
     return int(failed)
 
 
@@ -215,10 +217,10 @@ def _doctor(folder: Path, deadline: float) -> bool:
 
 
 def _measure(
-    planned: Planned, args: argparse.Namespace, found: Any, deadline: float,
-    samples: int | None = None,
+    measure: process.Measure, planned: Planned, args: argparse.Namespace, found: Any,
+    deadline: float, samples: int | None = None,
 ) -> dict[str, Any] | None:  # fmt: skip
-    """A cell in a process of its own, with the allocator that it asks for.
+    """A cell's record, with the allocator that the cell asks for.
 
     None where the run's time was up before the cell was measured.
     """
@@ -235,21 +237,15 @@ def _measure(
     environment["OMP_NUM_THREADS"] = str(cell.threads)
     environment["PYTHONPATH"] = str(ROOT)
     environment.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler, which counts allocations
-    command = [sys.executable, "-m", "bench.worker", json.dumps(request)]
     left = deadline - time.monotonic()
     try:
-        done = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, text=True,
-            timeout=min(args.cell_timeout, left),
-        )  # fmt: skip
+        return measure(request, environment, min(args.cell_timeout, left))
     except subprocess.TimeoutExpired:
         if left < args.cell_timeout:
             return None
         reason = f"took over {args.cell_timeout:g} s"
-    else:
-        if done.returncode == 0:
-            return json.loads(done.stdout.splitlines()[-1])
-        reason = f"its process ended with {done.returncode}"
+    except process.EndedError as error:
+        reason = str(error)
     print(f"  FAILED: {reason}", file=sys.stderr)
     return {"cell": dataclasses.asdict(cell), "failed": reason, "contenders": {}}
 

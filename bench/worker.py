@@ -2,6 +2,7 @@
 
     python -m bench.worker '{"cell": {...}, "peers": [...], "budget": 10, "limits": {...},
                              "left_out": {}, "wanted": 30}'
+    python -m bench.worker --serve    # for a GPU: one request a line of stdin, until it ends
 
 The record is the last line of stdout, as JSON.
 """
@@ -9,6 +10,7 @@ The record is the last line of stdout, as JSON.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import signal
 import sys
@@ -167,8 +169,8 @@ def _memory(prepared: Prepared, cell: Cell) -> dict[str, int | None]:
     return found
 
 
-def main() -> int:
-    request = json.loads(sys.argv[1])
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """The record of a request, which is also printed."""
     record = measure(
         Cell(**request["cell"]),
         request["peers"],
@@ -179,7 +181,26 @@ def main() -> int:
     )
     for name, reason in request["left_out"].items():
         record["contenders"][name] = {"skipped": reason}
-    print(json.dumps(record))
+    print(json.dumps(record), flush=True)
+    return record
+
+
+def serve() -> int:
+    """Answer the requests on stdin, each with the GPU's memory and the compilers as new."""
+    for line in sys.stdin:
+        answer(json.loads(line))
+        torch.compiler.reset()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # raises where a kernel broke the context, and ends this
+            torch.cuda.empty_cache()
+    return 0
+
+
+def main() -> int:
+    if sys.argv[1] == "--serve":
+        return serve()
+    answer(json.loads(sys.argv[1]))
     return 0
 
 

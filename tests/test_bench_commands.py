@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cells, cli, floors, limits, machine, plan, readme
+from bench import cells, cli, floors, limits, machine, plan, process, readme
 from bench.cells import SUBJECTS, Cell
 from bench.store import Store, cell_of
 from bench.worker import measure
@@ -32,7 +34,7 @@ SMALL_COMMAND = (
 )
 
 
-def in_this_process(planned: Any, args: Any, found: Any, *_: Any, **__: Any) -> dict[str, Any]:
+def in_this_process(_: Any, planned: Any, args: Any, found: Any, *__: Any) -> dict[str, Any]:
     return measure(planned.cell, planned.peers, 0.0, found, wanted=5)
 
 
@@ -75,7 +77,7 @@ def test_limits_are_measured_anew_with_the_cells(
     )
     given = []
 
-    def stand_in(planned: Any, args: Any, found: Any, deadline: float) -> dict[str, Any]:
+    def stand_in(_: Any, planned: Any, args: Any, found: Any, deadline: float) -> dict[str, Any]:
         given.append(found["gelus"])
         return a_record(planned.cell, cpu=1.0, eager_nhwc=2.0)
 
@@ -109,6 +111,30 @@ def test_command_end_to_end(tmp_path: Path) -> None:
     assert results["machine"]["processor"]
     again = subprocess.run(command, capture_output=True, text=True, cwd=readme.ROOT)
     assert again.returncode == 0 and "[1/2]" not in again.stderr
+
+
+@needs_core
+def test_one_process_measures_cell_after_cell() -> None:
+    """As on a GPU; one that ended, or took too long, is followed by another."""
+    (cell,) = cells.product(
+        ["nested_conv"], [2], [1], ["float32"], ["infer"], variants=["convnest_atto"], image_size=64
+    )
+    request = {"cell": dataclasses.asdict(cell), "peers": ["cpu", "eager-nhwc"], "budget": 0.1}
+    request |= {"limits": None, "left_out": {"openvino": "not now"}, "wanted": 5}
+    environment = {**os.environ, "PYTHONPATH": str(readme.ROOT)}
+    with process.measuring("cuda") as measure_one:
+        assert isinstance(measure_one, process.Shared)
+        for _ in range(2):
+            record = measure_one(request, environment, 300)
+            assert len(record["contenders"]["cpu"]["samples"]) == 5
+            assert record["contenders"]["openvino"] == {"skipped": "not now"}
+            first = measure_one.process
+        with pytest.raises(process.EndedError, match="ended with 1"):
+            measure_one({"cell": {}}, environment, 300)
+        with pytest.raises(subprocess.TimeoutExpired):
+            measure_one(request, environment, 0.1)
+        assert measure_one(request, environment, 300)["contenders"]["cpu"]["median"] > 0
+        assert measure_one.process is not first
 
 
 def test_plan_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,22 +181,23 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             state["order"].append("doctor")
             state["now"] += 60
             return subprocess.CompletedProcess(command, 0, json.dumps({"extension": {}}), "")
-        if "bench.worker" not in command:
-            return subprocess.CompletedProcess(command, 0, "commit", "")
-        request = json.loads(command[-1])
+        return subprocess.CompletedProcess(command, 0, "commit", "")
+
+    def measured(_: Any, request: dict[str, Any], __: Any, timeout: float) -> dict[str, Any]:
         cell = Cell(**request["cell"])
         assert request["limits"] == rates
         planned = plan.Planned(cell, request["peers"], request["budget"], request["left_out"])
         took = state["slowness"] * plan.expected_seconds(planned, prepared=False)
         state["now"] += min(took, timeout)
         if took > timeout:
-            raise subprocess.TimeoutExpired(command, timeout)
+            raise subprocess.TimeoutExpired(process.COMMAND, timeout)
         state["order"].append(cell.subject)
         record = a_record(cell, cuda=1.0, triton=1.2, eager_nhwc=3.0)
         record["contenders"]["cuda"]["kept_for_backward"] = 10**6
-        return subprocess.CompletedProcess(command, 0, json.dumps(record), "")
+        return record
 
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(process.Shared, "__call__", measured)
     return state
 
 
