@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import _extension, backends
+from .. import _extension
 from ..backends import Call
-from . import _host, choice
+from . import _host
 
 name = "cuda"
 
@@ -36,13 +36,8 @@ def reasons_against(call: Call) -> list[str]:
 
 
 def reasons_against_auto(call: Call) -> list[str]:
-    """Where Triton can run the call, and is predicted to be faster on this GPU (choice.py)."""
-    if _host.emulation is not None:
-        return ["in its emulation it runs by name alone"]  # a tool for tests
-    if backends.reasons_against("triton", call):
-        return []
-    reason = choice.reason_against(call, torch.cuda.get_device_capability())
-    return [] if reason is None else [reason]
+    """In its emulation it is a tool for tests."""
+    return [] if _host.emulation is None else ["in its emulation it runs by name alone"]
 
 
 def _reasons_against_machine(device: str) -> list[str]:

@@ -4,7 +4,6 @@
 #include "common/depthwise_small.cuh"
 #include "common/depthwise_small_bwd.cuh"
 #include "common/depthwise_wgrad.cuh"
-#include "common/fma_tiles.cuh"
 #include "dwconv_gelu_layernorm_cuda.h"
 #include "gelu_layernorm_cuda.h"
 #include "guarded.h"
@@ -65,12 +64,6 @@ int takes_small_map(int N, int H, int W, int kernel_size) {
 }
 
 int small_map_groups(int N, int C) { return convnest::cuda::small_map_groups(N, C); }
-
-// Strips of an image, images of a block, items, and the rows of an item.
-void fma_tiles(int N, int H, int W, int most_strips, int wanted, int* found) {
-    const auto t = convnest::cuda::plan_fma_tiles(N, H, W, most_strips, wanted);
-    found[0] = t.per_image, found[1] = t.beside, found[2] = t.items, found[3] = t.part_rows;
-}
 
 // GELU and its derivative of 16-bit numbers, before they are rounded to that type.
 void gelu(const std::uint16_t* x, int count, int type, float* gelu, float* slope) {
