@@ -58,7 +58,15 @@ struct BiasSums {
     }
 };
 
-template <int K>
+// The next stage's rows on their way, where shared memory has room for them (kAhead).
+template <bool kAhead>
+struct NextRows {
+    Staging x, dy;
+};
+template <>
+struct NextRows<false> {};
+
+template <int K, bool kAhead>
 struct DepthwiseWgradShared {
     union {
         struct {
@@ -71,9 +79,11 @@ struct DepthwiseWgradShared {
     BlockAffine affine;
     QuadOffsets offsets;
     BiasSums bias;
+    NextRows<kAhead> next;
 };
-// Two blocks, and 1 KB of the system's for each, share the 164 KB of sm_80.
-static_assert(sizeof(DepthwiseWgradShared<7>) <= 81 * 1024);
+// Two blocks, and 1 KB of the system's for each, share the 164 KB of sm_80 and the 228 KB of sm_90.
+static_assert(sizeof(DepthwiseWgradShared<7, false>) <= 81 * 1024);
+static_assert(sizeof(DepthwiseWgradShared<7, true>) <= 113 * 1024);
 
 // A lane's ldmatrix row addresses, transposed: of z's window, matrices in the order of fragment A
 // (columns 0–7, 8–15 of tiles 0–7, then of tiles 8–15) ...
@@ -126,11 +136,14 @@ __device__ __forceinline__ void correlate_stage(Ring<K>& sums, BiasSums& bias_su
 }
 
 // kVector: 16-byte accesses; C % 8 == 0, x and dy are 16-byte aligned. With the norm, which runs
-// where nested_conv_bwd_kernel does not, two blocks to an SM leave too few registers.
-template <class Element, int K, bool kGeluNorm, bool kVector>
+// where nested_conv_bwd_kernel does not, two blocks to an SM leave too few registers. kAhead: with
+// vectors and without the norm, the next stage's rows come while this one's are multiplied.
+template <class Element, int K, bool kGeluNorm, bool kVector, bool kAhead>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector && !kGeluNorm>)
     depthwise_wgrad_kernel(DepthwiseWgradArgs args) {
-    CONVNEST_SHARED_MEMORY(DepthwiseWgradShared<K>, shared);
+    static_assert(!kAhead || (kVector && !kGeluNorm));
+    using Shared = DepthwiseWgradShared<K, kAhead>;
+    CONVNEST_SHARED_MEMORY(Shared, shared);
     constexpr int R = K / 2, kRows = kGradientRows<K>;
     const Canvas& canvas = args.canvas;
     const int thread = threadIdx.x, lane = thread % kWarpSize, warp = thread / kWarpSize;
@@ -226,7 +239,32 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector && !kGeluNorm>
                                 bits >> (8 + i) & 1);
             }
         };
+        // Both stages' rows, of x and R rows ahead of dy, to this thread's own places.
+        const auto fetch = [&](int left) {
+            if constexpr (kAhead) {
+                RowWalk<R> ahead = walk;
+                ahead.advance(canvas, R);
+                const bool reads = ahead.inside(canvas) && R + role.row < left;
+                const unsigned of_x = present();
+                const unsigned of_dy = reads ? pixels.at(ahead.pixel, args.bottom) : 0;
+                const int octet = recompute_from(octet0);
+                std::uint32_t offset[4];
+                shared.offsets.load(offset, role);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    shared.next.x.template fetch<true>(
+                        thread, i, at_pixel(args.x + octet, walk.pixel + offset[i], args.row_bytes),
+                        channels, of_x >> (8 + i) & 1);
+                    shared.next.dy.template fetch<true>(
+                        thread, i,
+                        at_pixel(args.dy + octet, ahead.pixel + offset[i], args.row_bytes),
+                        channels, of_dy >> (12 + i) & 1);
+                }
+                async_copy_commit();
+            }
+        };
         if (kGeluNorm) load_x();
+        fetch(item.end - item.start);
         // Rows of dy above the item's are zero: slots 0 .. 2R − 1.
         if (role.quad > 0) {
             for (int slot = role.row; slot < 2 * R; slot += kStageRows) {
@@ -254,6 +292,12 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector && !kGeluNorm>
                     std::uint32_t g[4];
                     gelu_norm_pair<Element>(x, k, norm, shared.affine, bits, role, shared.z, g);
                 }
+            } else if constexpr (kAhead) {
+                async_copy_wait<0>();
+                shared.next.x.take(x, thread);
+                store_quad(x, role, shared.z);
+                keep_order();
+                shared.next.dy.take(dy, thread);
             } else {
                 load_x();
                 store_quad(x, role, shared.z);
@@ -272,7 +316,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector && !kGeluNorm>
             __syncthreads();
             walk.advance(canvas, kStageRows);
             if (kGeluNorm && left > kStageRows - R) load_x();
-            if (kVector && (!kGeluNorm || role.half != 0)) prefetch();
+            if (kAhead && left > kStageRows - R) fetch(left - kStageRows);
+            if (kVector && !kAhead && (!kGeluNorm || role.half != 0)) prefetch();
 #pragma unroll
             for (int c = 0; c < kWarpChannels; ++c) {
                 correlate_stage<Element, K>(sums[c], shared.bias, shared.z.bytes, shared.dy, oldest,
@@ -324,12 +369,23 @@ template <class Element, int K, bool kGeluNorm, bool kVector>
 void launch_depthwise_wgrad(const char* name, DepthwiseWgradArgs args, void* stream) {
     args.bottom = bottom_images(args.canvas);
     args.row_bytes = 2 * static_cast<std::uint32_t>(args.C);
-    run({.kernel = name,
-         .grid = dim3(static_cast<unsigned>(args.groups) * args.channel_blocks),
-         .block = dim3(kThreads),
-         .shared_bytes = sizeof(DepthwiseWgradShared<K>),
-         .stream = stream},
-        depthwise_wgrad_kernel<Element, K, kGeluNorm, kVector>, args);
+    const auto launch = [&](auto ahead) {
+        constexpr bool kAhead = decltype(ahead)::value;
+        run({.kernel = name,
+             .grid = dim3(static_cast<unsigned>(args.groups) * args.channel_blocks),
+             .block = dim3(kThreads),
+             .shared_bytes = sizeof(DepthwiseWgradShared<K, kAhead>),
+             .stream = stream},
+            depthwise_wgrad_kernel<Element, K, kGeluNorm, kVector, kAhead>, args);
+    };
+    if constexpr (kVector && !kGeluNorm) {
+        // Twice, for two blocks share an SM, and 1 KB of the system's for each.
+        const std::size_t of_two = 2 * (sizeof(DepthwiseWgradShared<K, true>) + 1024);
+        if (of_two <= static_cast<std::size_t>(device_shared_bytes()) + 1024) {
+            return launch(std::true_type{});
+        }
+    }
+    launch(std::false_type{});
 }
 
 }  // namespace convnest::cuda

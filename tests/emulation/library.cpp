@@ -52,9 +52,9 @@ int nested_conv_bwd_fuses(int kernel_size, int shared_bytes) {
 int shared_bytes_of_7x7(int kernel) {
     using namespace convnest::cuda;
     const std::size_t bytes[] = {
-        sizeof(NestedConvFwdShared<7>),        sizeof(DepthwiseShared<7, Source::gelu_gradient>),
-        sizeof(DepthwiseWgradShared<7>),       sizeof(NestedConvBwdShared<7, true>),
-        sizeof(NestedConvBwdShared<7, false>), sizeof(DepthwiseSmallShared<7>),
+        sizeof(NestedConvFwdShared<7>),         sizeof(DepthwiseShared<7, Source::gelu_gradient>),
+        sizeof(DepthwiseWgradShared<7, false>), sizeof(NestedConvBwdShared<7, true>),
+        sizeof(NestedConvBwdShared<7, false>),  sizeof(DepthwiseSmallShared<7>),
         sizeof(DepthwiseSmallBwdShared<7>)};
     return static_cast<int>(bytes[kernel]);
 }
