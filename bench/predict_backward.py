@@ -13,10 +13,7 @@ import math
 from bench import predict
 from bench.predict import BATCH, CHIPS, KERNEL_SIZE, STAGES, Chip, compiled, describe
 
-TIGHT = ("RTX 4090",)  # whose shared memory has no room for the next stage's rows
 FUSED_SOURCE = "nested_conv_bwd_fused.cu"
-FUSED = f"nested_conv_bwd_kernel<BFloat16, {KERNEL_SIZE}, true>"
-FUSED_TIGHT = f"nested_conv_bwd_kernel<BFloat16, {KERNEL_SIZE}, false>"
 FINISH = "nested_conv_finish_kernel<BFloat16>"
 # Nominal outputs of a warp's stage: 4 rows × 128 pixels of one channel.
 OUTPUTS = 512
@@ -26,11 +23,26 @@ STAGING_WAVEFRONTS = 48 + 4
 FUSED_WAVEFRONTS = (
     STAGING_WAVEFRONTS + (24 + 2 + 8) + (16 + 14 + 8) + (36 + 16) + (16 + 16) + (24 + 4 + 2)
 )
+# Schedule::direct, ahead and overlapped, by the shared memory of a block
+DIRECT, AHEAD, OVERLAPPED = range(3)
+TIGHT = ("RTX 4090",)  # whose shared memory has no room for the next stage's rows
 # Bytes of an output: three wide tensors in, one out, and a pair of floats for 16 channels; then
 # two in, one out, and the pairs.
 FUSED_BYTES, FINISH_BYTES = 8.5, 6.5
 DGRAD, WGRAD = predict.CONVOLUTIONS[2:4]
 LAYERNORM_BYTES = 8
+
+
+def schedule(chip: Chip) -> int:
+    """How nested_conv_bwd_kernel's parts follow each other there."""
+    if chip.name in TIGHT:
+        return DIRECT
+    return AHEAD if chip.arch == "sm_80" else OVERLAPPED
+
+
+def fused_kernel(size: int, schedule: int) -> str:
+    """The demangled name of its instance in bf16."""
+    return f"nested_conv_bwd_kernel<BFloat16, {size}, (Schedule){schedule}>"
 
 
 def fused_efficiency(images: int, height: int, width: int, radius: int, wanted_items: int) -> float:
@@ -78,9 +90,8 @@ def in_two(chip: Chip, size: int, channels: int) -> list[dict[str, float]]:
     kernels = compiled(FUSED_SOURCE, chip.arch)
     wanted = math.ceil(512 / math.ceil(channels / 16))
     efficiency = fused_efficiency(BATCH, size, size, KERNEL_SIZE // 2, wanted)
-    tight = chip.name in TIGHT
-    fused = kernels[FUSED_TIGHT if tight else FUSED].stage_mix()
-    wavefronts = FUSED_WAVEFRONTS - STAGING_WAVEFRONTS * tight
+    fused = kernels[fused_kernel(KERNEL_SIZE, schedule(chip))].stage_mix()
+    wavefronts = FUSED_WAVEFRONTS - STAGING_WAVEFRONTS * (schedule(chip) == DIRECT)
     finish = kernels[FINISH].loop_mix("STG", 1)
     return [
         terms_of(chip, fused, FUSED_BYTES, OUTPUTS * efficiency, wavefronts),
@@ -96,9 +107,9 @@ def report(archs: list[str]) -> None:
     for arch in archs:
         kernels, three = compiled(FUSED_SOURCE, arch), compiled(DGRAD.source, arch)
         norm = three["layernorm_bwd_kernel<BFloat16, (NormOrder)0, 1, true>"]
+        of_schedules = [kernels[fused_kernel(KERNEL_SIZE, s)] for s in (OVERLAPPED, AHEAD, DIRECT)]
         for kernel, mix, times in (
-            (kernels[FUSED], kernels[FUSED].stage_mix(), 2),
-            (kernels[FUSED_TIGHT], kernels[FUSED_TIGHT].stage_mix(), 2),
+            *((kernel, kernel.stage_mix(), 2) for kernel in of_schedules),
             (kernels[FINISH], kernels[FINISH].loop_mix("STG", 1), 4),
             (norm, norm.loop_mix("STG", 1), 4),
         ):

@@ -67,12 +67,15 @@ class Kernel:
         return mix
 
     def stage_mix(self) -> collections.Counter[str]:
-        """Opcodes of one turn of the innermost loop with a barrier and tensor-core work."""
+        """Opcodes of one turn of the innermost loop with a barrier and the tensor-core work."""
 
-        def holds(loop: tuple[int, int], opcode: str) -> bool:
-            return any(op.startswith(opcode) for op, _ in self.instructions[loop[0] : loop[1] + 1])
+        def count(loop: tuple[int, int], opcode: str) -> int:
+            return sum(op.startswith(opcode) for op, _ in self.instructions[loop[0] : loop[1] + 1])
 
-        stages = [loop for loop in self.loops() if holds(loop, "BAR") and holds(loop, "HMMA")]
+        # Some of that work may look like a loop's to a branch that comes back from behind the code.
+        loops = [loop for loop in self.loops() if count(loop, "BAR")]
+        most = max(count(loop, "HMMA") for loop in loops)
+        stages = [loop for loop in loops if count(loop, "HMMA") == most]
         return self.mix(*min(stages, key=lambda loop: loop[1] - loop[0]))
 
     def loop_mix(self, opcode: str, least: int, inner: bool = True) -> collections.Counter[str]:

@@ -55,7 +55,29 @@ struct NestedConvBwdArgs {
     int channel_blocks;
 };
 
-// The next stage's rows on their way, where shared memory has room for them (kAhead).
+// How a stage's parts follow each other.
+enum class Schedule {
+    direct,     // fetch in the fill: its latency shows
+    ahead,      // fetch one stage ahead
+    overlapped  // fetch two stages ahead; fill, product and drain of three stages at once
+};
+template <Schedule kSchedule>
+constexpr int kBuffers = kSchedule == Schedule::overlapped ? 2 : 1;
+// Of du, a stage's rows of z meet K + 3, and the drain reads one more (R = 3) while the next fill
+// writes. Overlapped, there are 12 + R from the first that the drain reads to the last that the
+// fill writes.
+template <Schedule kSchedule>
+constexpr int kRingRows = kSchedule == Schedule::overlapped ? 16 : 12;
+
+// Of a stage from its fill to its drain.
+struct StagePlanes {
+    PairPlanes z;       // lead 8; then dz
+    PairPlanes normal;  // lead 8: x̂
+    PairMasks masks;
+    PairScales rstd;
+};
+
+// Rows on their way, where shared memory has room for them.
 template <bool kAhead>
 struct NextStage {
     PairStaging h, dv, u;
@@ -64,26 +86,26 @@ struct NextStage {
 template <>
 struct NextStage<false> {};
 
-template <int K, bool kAhead>
+template <int K, Schedule kSchedule>
 struct NestedConvBwdShared {
+    struct Planes {
+        StagePlanes stages[kBuffers<kSchedule>];
+        DuRing<kRingRows<kSchedule>> du;  // lead 4
+    };
     union {
-        struct {
-            PairPlanes z;                                 // lead 8; then dz
-            PairPlanes normal;                            // lead 8: x̂
-            unsigned char du[kRingRows * kPairRowBytes];  // lead 4
-        };
+        Planes planes;
         float sums[kBlockChannels * K][16][8];  // at the end: Q
     };
-    PairMasks masks;
-    PairScales rstd;
     Bands<K> bands;
     BlockAffine affine;
     PairOffsets offsets;
-    NextStage<kAhead> next;
+    NextStage<kSchedule != Schedule::direct> next;
 };
-// With 1 KB of the system's in the 164 KB of sm_80, and in the 100 KB of sm_86, sm_89 and sm_120.
-static_assert(sizeof(NestedConvBwdShared<7, true>) <= 163 * 1024);
-static_assert(sizeof(NestedConvBwdShared<7, false>) <= 99 * 1024);
+// With 1 KB of the system's in the 100 KB of sm_86, sm_89 and sm_120, in the 164 KB of sm_80, and
+// in the 228 KB of sm_90 and sm_100.
+static_assert(sizeof(NestedConvBwdShared<7, Schedule::direct>) <= 99 * 1024);
+static_assert(sizeof(NestedConvBwdShared<7, Schedule::ahead>) <= 163 * 1024);
+static_assert(sizeof(NestedConvBwdShared<7, Schedule::overlapped>) <= 227 * 1024);
 
 // Stages before an item's first one: du's ring and dz's accumulators want the rows from R above the
 // first on (in a gap they are zeros already).
@@ -92,11 +114,14 @@ __host__ __device__ __forceinline__ int warm_up_stages(const Item& item) {
     return (K / 2 + item.first - item.start + kStageRows - 1) / kStageRows;
 }
 
-template <class Element, int K, bool kAhead>
+template <class Element, int K, Schedule kSchedule>
 __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(NestedConvBwdArgs args) {
-    using Shared = NestedConvBwdShared<K, kAhead>;
+    using Shared = NestedConvBwdShared<K, kSchedule>;
     CONVNEST_SHARED_MEMORY(Shared, shared);
     constexpr int R = K / 2;
+    constexpr bool kAhead = kSchedule != Schedule::direct;
+    constexpr bool kOverlapped = kSchedule == Schedule::overlapped;
+    auto& du_ring = shared.planes.du;
     const Canvas& canvas = args.canvas;
     const int thread = threadIdx.x, lane = thread % kWarpSize, channel = thread / kWarpSize;
     const int channel_block = blockIdx.x % args.channel_blocks;
@@ -109,12 +134,9 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
     fill_bands<Element, K>(shared.bands, args.weight + channel0 * K * K, args.C - channel0, true,
                            thread);
     shared.affine.fill(args.ln_weight, args.ln_bias, channel0, args.C, thread);
-    constexpr int kPlaneVectors = (2 * kStageRows + kRingRows) * kPairRowBytes / 16;
-    for (int i = thread; i < kPlaneVectors; i += kPairThreads) {
-        store_shared(shared.z.bytes + i * 16, make_uint4(0, 0, 0, 0));
-    }
-    if (thread < static_cast<int>(sizeof(PairMasks) / 16)) {
-        store_shared(shared.masks.rows[0][0] + thread * 16, make_uint4(0, 0, 0, 0));
+    auto* planes = reinterpret_cast<unsigned char*>(&shared.planes);
+    for (int i = thread * 16; i < static_cast<int>(sizeof(shared.planes)); i += kPairThreads * 16) {
+        store_shared(planes + i, make_uint4(0, 0, 0, 0));
     }
 
     // Where this thread reads and writes
@@ -128,13 +150,14 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
     item.top_y -= item.start - start;
     RowWalk<R> walk(canvas, item, role.row);    // of z
     const int outputs = item.end - item.first;  // rows
-    int rows = item.end - start;                // of z to come; the first of them warm up
+    const int all_rows = item.end - start;      // of z; the first of them warm up
 
     // A stage's rows: on their way in shared memory, or just read
     Octet dv[2], u[2], h[2];
     float2 mean, rstd;
-    unsigned present;  // of z's row, see QuadBits
-    const auto fetch = [&] {
+    unsigned present;  // bits of z's pixels, and from bit 8 on of those whose channels exist
+    // `rows`: of z to come.
+    const auto fetch = [&](int rows) {
         RowWalk<R> ahead = walk;
         ahead.advance(canvas, R);
         const int left = rows - role.row;
@@ -144,7 +167,7 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
         }
         present = 0;
         if (walk.inside(canvas) && left > 0 && left <= outputs) {
-            present = pixels.at(walk.pixel, args.bottom);
+            present = pixels.at(walk.pixel, args.bottom) >> 4;
         }
         const int octet = recompute_from(octet0);  // pointers kept would take two registers each
         std::uint32_t offset[2];
@@ -153,7 +176,7 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
         for (int i = 0; i < 2; ++i) {
             const std::uint32_t du = ahead.pixel + offset[i], z = walk.pixel + offset[i];
             const bool has_du = present_du >> (8 + i) & 1;
-            const bool has_z = present >> (4 + i) & 1, has_h = present >> (12 + i) & 1;
+            const bool has_z = present >> i & 1, has_h = present >> (8 + i) & 1;
             const auto* dv_at = at_pixel(args.dv + octet, du, args.row_bytes);
             const auto* u_at = at_pixel(args.u + octet, du, args.row_bytes);
             const auto* h_at = at_pixel(args.h + octet, z, args.row_bytes);
@@ -173,8 +196,7 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
         if constexpr (kAhead) async_copy_commit();
     };
     const auto fill_du = [&](int entering) {
-        unsigned char* cells =
-            shared.du + (entering + role.row) * kPairRowBytes + role.template cell<4>(0);
+        unsigned char* cells = du_ring.row(entering + role.row) + role.template cell<4>(0);
         if constexpr (kAhead) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
@@ -195,19 +217,19 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
             store_shared(cells + (2 * k + 1) * kPairPlaneBytes, Element::pack(high[0], high[1]));
         }
     };
-    const auto fill_z = [&] {
+    const auto fill_z = [&](StagePlanes& stage, unsigned present) {
         const int cells = role.row * kPairRowBytes + role.cell<8>(0);
-        const std::uint32_t mask = pixel_mask(present >> 4, 0);
+        const std::uint32_t mask = pixel_mask(present, 0);
         if constexpr (kAhead) {
             mean = shared.next.statistics.load(0, role);
             rstd = shared.next.statistics.load(1, role);
 #pragma unroll
             for (int i = 0; i < 2; ++i) h[i] = shared.next.h.take(thread, i);
         }
-        shared.rstd.store(role, rstd);
+        stage.rstd.store(role, rstd);
         const float scale[2] = {rstd.x, rstd.y};
         const float shift[2] = {-mean.x * rstd.x, -mean.y * rstd.y};
-        shared.masks.template store<Element>(role, mask);
+        stage.masks.template store<Element>(role, mask);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             const auto gamma = load_shared<float2>(&shared.affine.gamma[role.half * 8 + 2 * k]);
@@ -220,25 +242,26 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
             }
             const int cell = cells + 2 * k * kPairPlaneBytes;
             // Of a pixel that does not exist h, mean and rstd are zero, and so is x̂.
-            store_shared(shared.normal.bytes + cell, Element::pack(low[0], low[1]));
-            store_shared(shared.normal.bytes + cell + kPairPlaneBytes,
+            store_shared(stage.normal.bytes + cell, Element::pack(low[0], low[1]));
+            store_shared(stage.normal.bytes + cell + kPairPlaneBytes,
                          Element::pack(high[0], high[1]));
             store_shared(
-                shared.z.bytes + cell,
+                stage.z.bytes + cell,
                 Element::pack(fmaf(low[0], gamma.x, beta.x), fmaf(low[1], gamma.x, beta.x)) & mask);
             store_shared(
-                shared.z.bytes + cell + kPairPlaneBytes,
+                stage.z.bytes + cell + kPairPlaneBytes,
                 Element::pack(fmaf(high[0], gamma.y, beta.y), fmaf(high[1], gamma.y, beta.y)) &
                     mask);
         }
     };
-    // `row`: the row's first pixel; `owned`: bits of the pixels to write, see QuadBits; `finished`:
-    // the ring slot of du's row y.
-    const auto drain = [&](std::uint32_t row, unsigned owned, int finished) {
+    // `row`: the row's first pixel; `owned`: bits of the pixels to write; `finished`: the ring slot
+    // of du's row y.
+    const auto drain = [&](const StagePlanes& stage, std::uint32_t row, unsigned owned,
+                           int finished) {
         const int cells = role.row * kPairRowBytes + role.cell<8>(0);
         const unsigned char* du_cells =
-            shared.du + wrap_ring(finished + role.row) * kPairRowBytes + role.template cell<4>(0);
-        const float2 scales = shared.rstd.load(role);
+            du_ring.row(du_ring.wrap(finished + role.row)) + role.template cell<4>(0);
+        const float2 scales = stage.rstd.load(role);
         const float scale[2] = {scales.x, scales.y};
         float sum[2] = {0.f, 0.f}, sum_normal[2] = {0.f, 0.f};
         Octet out[2];
@@ -249,8 +272,8 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 const int plane = (2 * k + c) * kPairPlaneBytes;
-                const auto dz = load_shared<std::uint32_t>(shared.z.bytes + cells + plane);
-                const auto normal = load_shared<std::uint32_t>(shared.normal.bytes + cells + plane);
+                const auto dz = load_shared<std::uint32_t>(stage.z.bytes + cells + plane);
+                const auto normal = load_shared<std::uint32_t>(stage.normal.bytes + cells + plane);
                 std::uint32_t du = 0;
                 if (args.shortcut) du = load_shared<std::uint32_t>(du_cells + plane);
                 const float factor = c == 0 ? gamma.x : gamma.y;
@@ -270,15 +293,15 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
             return own + __shfl_xor_sync(kFullWarp, role.half ? part[0] : part[1], 1);
         };
         const float2 sums = make_float2(both(sum), both(sum_normal));
+        const int octet = recompute_from(octet0);
         std::uint32_t offset[2];
         shared.offsets.load(offset, role);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const std::uint32_t pixel = row + offset[i];
-            if (!(owned >> (4 + i) & 1)) continue;
-            if (owned >> (12 + i) & 1) {
-                store_octet<true>(at_pixel(args.p + recompute_from(octet0), pixel, args.row_bytes),
-                                  out[i], 8);
+            if (!(owned >> i & 1)) continue;
+            if (octet < args.C) {
+                store_octet<true>(at_pixel(args.p + octet, pixel, args.row_bytes), out[i], 8);
             }
             if (role.half == i) {
                 store_global(args.row_sums +
@@ -288,8 +311,6 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
         }
     };
 
-    __syncthreads();  // parameters, offsets and zeros are in shared memory
-    if constexpr (kAhead) fetch();
     Ring<K> ring, sums;
     FragmentC bias_sum, norm_sums;
     const FragmentC zero = {0.f, 0.f, 0.f, 0.f};
@@ -297,40 +318,92 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
     begin<K>(sums, zero);
 #pragma unroll
     for (int i = 0; i < 4; ++i) bias_sum[i] = norm_sums[i] = 0.f;
-    int entering = 0;  // ring slot of du's row y + R
-#pragma unroll 1
-    while (rows > 0) {
-        const bool finishes = rows <= outputs;
-        if constexpr (kAhead) {
-            async_copy_wait<0>();
-        } else {
-            fetch();
-        }
-        __syncwarp();  // the statistics, coming and going, are shared by two threads
-        fill_du(entering);
-        if (finishes) fill_z();
-        const std::uint32_t row = walk.pixel;
-        const unsigned owned = present;
-        __syncthreads();
-        walk.advance(canvas, kStageRows);
-        rows -= kStageRows;
-        if (kAhead && rows > 0) fetch();
+    // `entering`: the ring slot of du's row y + R.
+    const auto multiply = [&](StagePlanes& stage, int entering, bool finishes) {
         if (finishes && args.dweight != nullptr) {
-            correlate_rows<Element, K>(sums, bias_sum, shared.z.bytes, shared.du, shared.masks,
-                                       wrap_ring(entering + kRingRows - 2 * R), channel, lane);
+            correlate_rows<Element, K>(sums, bias_sum, stage.z.bytes, du_ring, stage.masks,
+                                       du_ring.above(entering, 2 * R), channel, lane);
             __syncwarp();  // all lanes have read the planes that dz is written over
         }
         FragmentB band[K];
         load_band<K>(band, band_address<K>(shared.bands, channel, lane));
-        convolve_rows<Element, K>(ring, band, shared.du, shared.z.bytes, entering, channel, lane);
+        convolve_rows<Element, K>(ring, band, du_ring.row(entering), stage.z.bytes, channel, lane);
         if (finishes) {
             __syncwarp();
-            correlate_norm<Element>(norm_sums, shared.z.bytes, shared.normal.bytes, shared.masks,
+            correlate_norm<Element>(norm_sums, stage.z.bytes, stage.normal.bytes, stage.masks,
                                     channel, lane);
         }
-        __syncthreads();
-        if (finishes && args.p != nullptr) drain(row, owned, wrap_ring(entering + kRingRows - R));
-        entering = wrap_ring(entering + kStageRows);
+    };
+    if constexpr (kOverlapped) {
+        // Interval s, from barrier to barrier: product s beside drain s − 1, fill s + 1 and fetch
+        // s + 2, all in one order or the other. Warps w, w + 4, w + 8 and w + 12 share a scheduler,
+        // and so two of them multiply when the other two do not.
+        const bool multiplies_first = thread / (4 * kWarpSize) % 2 == 0;
+        std::uint32_t fetched = 0, filled = 0, multiplied = 0;  // their rows' first pixels
+        unsigned owned = 0;  // bits of their pixels: the fetched ones', the filled ones', ...
+        int rows = all_rows + 2 * kStageRows;  // of z from stage s on
+#pragma unroll 1
+        for (int s = -2; rows > -kStageRows; ++s, rows -= kStageRows) {
+            __syncthreads();
+            const std::uint32_t drained = multiplied;
+            multiplied = filled, filled = fetched, owned <<= 2;
+#pragma unroll 1
+            for (int turn = 0; turn < 2; ++turn) {
+                if ((turn == 0) == multiplies_first) {
+                    if (rows > 0 && rows <= all_rows) {
+                        multiply(shared.planes.stages[s & 1], (s & 3) * kStageRows,
+                                 rows <= outputs);
+                    }
+                    continue;
+                }
+                StagePlanes& stage = shared.planes.stages[~s & 1];
+                if (rows + kStageRows <= outputs && args.p != nullptr) {
+                    drain(stage, drained, owned >> 6, du_ring.above(((s - 1) & 3) * kStageRows, R));
+                }
+                const int to_fill = rows - kStageRows, to_fetch = to_fill - kStageRows;
+                async_copy_wait<0>();
+                __syncwarp();  // the statistics, coming and going, are shared by two threads
+                if (to_fill > 0 && to_fill <= all_rows) {
+                    fill_du(((s + 1) & 3) * kStageRows);
+                    if (to_fill <= outputs) fill_z(stage, owned >> 2);
+                }
+                __syncwarp();
+                if (to_fetch > 0) {
+                    fetched = walk.pixel;
+                    fetch(to_fetch);
+                    owned |= present & 3;
+                    walk.advance(canvas, kStageRows);
+                }
+            }
+        }
+    } else {
+        StagePlanes& stage = shared.planes.stages[0];
+        int rows = all_rows;  // of z to come
+        __syncthreads();      // parameters, offsets and zeros are in shared memory
+        if constexpr (kAhead) fetch(rows);
+        int entering = 0;
+#pragma unroll 1
+        while (rows > 0) {
+            const bool finishes = rows <= outputs;
+            if constexpr (kAhead) {
+                async_copy_wait<0>();
+            } else {
+                fetch(rows);
+            }
+            __syncwarp();  // the statistics, coming and going, are shared by two threads
+            fill_du(entering);
+            if (finishes) fill_z(stage, present);
+            const std::uint32_t row = walk.pixel;
+            const unsigned owned = present;
+            __syncthreads();
+            walk.advance(canvas, kStageRows);
+            rows -= kStageRows;
+            if (kAhead && rows > 0) fetch(rows);
+            multiply(stage, entering, finishes);
+            __syncthreads();
+            if (finishes && args.p != nullptr) drain(stage, row, owned, du_ring.above(entering, R));
+            entering = du_ring.wrap(entering + kStageRows);
+        }
     }
 
     // The diagonals

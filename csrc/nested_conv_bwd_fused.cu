@@ -6,8 +6,8 @@
 //     3  sum_partials_kernel        each parameter's gradient, in a fixed order
 //
 // Seven passes over wide tensors, and the row sums, 8 bytes for 16 channels of a pixel: a quarter
-// of a pass written and read. Instances: 1: 2 element types × kernel sizes 3, 5, 7 × (the next
-// stage on its way or not) = 12; 2: 2.
+// of a pass written and read. Instances: 1: 2 element types × kernel sizes 3, 5, 7 × 3
+// schedules = 18; 2: 2.
 #include "nested_conv_bwd_fused.h"
 
 #include "common/conv_backward.cuh"
@@ -47,12 +47,24 @@ void with_fused_size(int kernel_size, const Function& f) {
     });
 }
 
-template <int K, bool kAhead>
+template <int K, Schedule kSchedule>
 bool fits_shared(int shared_bytes) {
-    return sizeof(NestedConvBwdShared<K, kAhead>) <= static_cast<std::size_t>(shared_bytes);
+    return sizeof(NestedConvBwdShared<K, kSchedule>) <= static_cast<std::size_t>(shared_bytes);
 }
 
-template <class Element, int K, bool kAhead>
+// f(std::integral_constant<Schedule>) of the one with the most overlap that fits.
+template <int K, class Function>
+void with_schedule(int shared_bytes, const Function& f) {
+    if (fits_shared<K, Schedule::overlapped>(shared_bytes)) {
+        f(std::integral_constant<Schedule, Schedule::overlapped>{});
+    } else if (fits_shared<K, Schedule::ahead>(shared_bytes)) {
+        f(std::integral_constant<Schedule, Schedule::ahead>{});
+    } else {
+        f(std::integral_constant<Schedule, Schedule::direct>{});
+    }
+}
+
+template <class Element, int K, Schedule kSchedule>
 void launch(const NestedConvBwdParams& p, void* stream) {
     const FusedPlan plan(p, K);
     char* workspace = static_cast<char*>(p.workspace);
@@ -66,9 +78,9 @@ void launch(const NestedConvBwdParams& p, void* stream) {
     run({.kernel = "nested_conv_bwd_kernel",
          .grid = dim3(static_cast<unsigned>(plan.canvas.items) * blocks),
          .block = dim3(kPairThreads),
-         .shared_bytes = sizeof(NestedConvBwdShared<K, kAhead>),
+         .shared_bytes = sizeof(NestedConvBwdShared<K, kSchedule>),
          .stream = stream},
-        nested_conv_bwd_kernel<Element, K, kAhead>,
+        nested_conv_bwd_kernel<Element, K, kSchedule>,
         NestedConvBwdArgs{.dv = static_cast<const std::uint16_t*>(p.dv),
                           .u = static_cast<const std::uint16_t*>(p.u),
                           .h = static_cast<const std::uint16_t*>(p.h),
@@ -110,7 +122,8 @@ void launch(const NestedConvBwdParams& p, void* stream) {
 
 bool fuses_nested_conv_bwd(int kernel_size, int shared_bytes) {
     bool fits = false;
-    with_fused_size(kernel_size, [&](auto K) { fits = fits_shared<K(), false>(shared_bytes); });
+    with_fused_size(kernel_size,
+                    [&](auto K) { fits = fits_shared<K(), Schedule::direct>(shared_bytes); });
     return fits;
 }
 
@@ -123,9 +136,9 @@ void launch_nested_conv_bwd_fused(const NestedConvBwdParams& params, int kernel_
                                   ElementType type, void* stream) {
     with_fused_size(kernel_size, [&](auto K) {
         with_half(type, [&](auto element) {
-            fits_shared<K(), true>(device_shared_bytes())
-                ? launch<decltype(element), K(), true>(params, stream)
-                : launch<decltype(element), K(), false>(params, stream);
+            with_schedule<K()>(device_shared_bytes(), [&](auto schedule) {
+                launch<decltype(element), K(), schedule()>(params, stream);
+            });
         });
     });
 }

@@ -7,28 +7,42 @@
 
 namespace convnest::cuda {
 
-// Rows of du's ring: the K + 3 that a stage's rows of z meet, and the one more (R = 3) that the
-// drain still reads; whole stages, so that the rows that enter lie side by side.
-constexpr int kRingRows = 12;
+// Rows of du, the oldest one overwritten by the next; whole stages, so that the rows that enter lie
+// side by side.
+template <int kRows>
+struct DuRing {
+    static_assert(kRows % kStageRows == 0);
+    unsigned char bytes[kRows * kPairRowBytes];
 
-__device__ __forceinline__ int wrap_ring(int slot) {
-    return slot < kRingRows ? slot : slot - kRingRows;
-}
+    // Of a slot that was counted past the last one, by less than a turn.
+    static __device__ __forceinline__ int wrap(int slot) {
+        if constexpr ((kRows & (kRows - 1)) == 0) return slot & (kRows - 1);
+        return slot < kRows ? slot : slot - kRows;
+    }
+    // The slot `rows` above.
+    static __device__ __forceinline__ int above(int slot, int rows) {
+        return wrap(slot + kRows - rows);
+    }
+    __device__ __forceinline__ const unsigned char* row(int slot) const {
+        return bytes + slot * kPairRowBytes;
+    }
+    __device__ __forceinline__ unsigned char* row(int slot) { return bytes + slot * kPairRowBytes; }
+};
 
 // One channel's share of a stage of the weight gradient: 4 rows of z against the rows of du around
 // them, `oldest` being the ring slot of row −R. bias_sum gathers du of the 4 rows themselves.
-template <class Element, int K>
+template <class Element, int K, int kRingRows>
 __device__ __forceinline__ void correlate_rows(Ring<K>& sums, FragmentC& bias_sum,
-                                               const unsigned char* z, const unsigned char* du,
+                                               const unsigned char* z, const DuRing<kRingRows>& du,
                                                const PairMasks& masks, int oldest, int channel,
                                                int lane) {
     constexpr int kRows = kStageRows + K - 1;
     const unsigned char* windows = z + pair_window_transposed(channel, lane);
-    const unsigned char* tiles = du + pair_tiles(channel, lane, 0);
+    const int tiles = pair_tiles(channel, lane, 0);
     FragmentB gradient[kRows];
     const auto load = [&](int row) {  // and row + 1; row is even
         std::uint32_t r[4];
-        load_matrices<true>(r, tiles + wrap_ring(oldest + row) * kPairRowBytes);
+        load_matrices<true>(r, du.row(du.wrap(oldest + row)) + tiles);
         gradient[row][0] = r[0], gradient[row][1] = r[1];
         gradient[row + 1][0] = r[2], gradient[row + 1][1] = r[3];
     };
@@ -50,14 +64,14 @@ __device__ __forceinline__ void correlate_rows(Ring<K>& sums, FragmentC& bias_su
     }
 }
 
-// dz of a stage's 4 rows, which `du`'s rows R .. R + 3 finish, to planes of lead 8. `entering`: the
-// ring slot of the first of them.
+// dz of a stage's 4 rows, which du's rows R .. R + 3 finish, to planes of lead 8. `entering`: the
+// first of them.
 template <class Element, int K>
 __device__ __forceinline__ void convolve_rows(Ring<K>& ring, const FragmentB (&band)[K],
-                                              const unsigned char* du, unsigned char* dz,
-                                              int entering, int channel, int lane) {
+                                              const unsigned char* entering, unsigned char* dz,
+                                              int channel, int lane) {
     const FragmentC zero = {0.f, 0.f, 0.f, 0.f};
-    const unsigned char* windows = du + entering * kPairRowBytes + pair_window(channel, lane);
+    const unsigned char* windows = entering + pair_window(channel, lane);
     unsigned char* outputs = dz + pair_plane(channel) + 16 + lane * 4;
     const int g = lane >> 2, t = lane & 3;
 #pragma unroll

@@ -216,7 +216,7 @@ def test_global_accesses_are_16_bytes_wide(compiled):
         # except where shared memory has no room for it
         narrow = {op: n for op, n in mix.items() if op in reads and "128" not in op}
         copies = all(op.startswith("LDGSTS") for op in narrow)
-        tight = name == "nested_conv_bwd_kernel" and parameters[-1] == "false"
+        tight = name == "nested_conv_bwd_kernel" and parameters[-1] == "(Schedule)0"
         assert sum(narrow.values()) <= 4 and (copies or tight), narrow
 
 
@@ -250,7 +250,7 @@ def test_stage_instructions_within_budget(compiled):
 def test_template_instances_are_as_counted_in_the_sources():
     assert len(kernels("nested_conv.cu", "sm_80")) == 16 + 6
     assert len(kernels("nested_conv_bwd.cu", "sm_80")) == 16 + 16 + 12 + 1
-    assert len(kernels("nested_conv_bwd_fused.cu", "sm_80")) == 12 + 2 + 1
+    assert len(kernels("nested_conv_bwd_fused.cu", "sm_80")) == 18 + 2 + 1
     assert len(kernels("dwconv_gelu_layernorm.cu", "sm_80")) == 16 + 18
     assert len(kernels("dwconv_gelu_layernorm_bwd.cu", "sm_80")) == 16 + 16 + 36 + 1
     assert len(kernels("gelu_layernorm.cu", "sm_80")) == 12 + 24 + 1
@@ -264,8 +264,10 @@ def test_template_instances_are_as_counted_in_the_sources():
 def test_shared_memory_within_budget():
     """Two blocks and 2 KB of the system's in sm_80's 164 KB; one block in sm_86's 99 KB."""
     lib = emulation.library()
-    for kernel in (0, 1, 2, 5, 6):
+    for kernel in (0, 1, 2, 6, 7):
         assert 0 < lib.shared_bytes_of_7x7(kernel) <= (164 * 1024 - 2048) // 2
-    # Both gradients at once: one block of 512 threads and 1 KB in sm_80's 164 KB and sm_86's 100 KB
-    assert 99 * 1024 < lib.shared_bytes_of_7x7(3) <= 163 * 1024
-    assert 0 < lib.shared_bytes_of_7x7(4) <= 99 * 1024
+    # Both gradients at once: one block of 512 threads and 1 KB in sm_90's 228 KB, sm_80's 164 KB
+    # and sm_86's 100 KB
+    assert 163 * 1024 < lib.shared_bytes_of_7x7(3) <= 227 * 1024
+    assert 99 * 1024 < lib.shared_bytes_of_7x7(4) <= 163 * 1024
+    assert 0 < lib.shared_bytes_of_7x7(5) <= 99 * 1024

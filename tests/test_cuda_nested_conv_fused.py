@@ -13,11 +13,13 @@ from tests import test_cuda_nested_conv as nested
 
 pytestmark = nested.pytestmark
 
+SCHEDULES = (nested.TWO_KERNELS, nested.TWO_KERNELS_AHEAD, nested.TWO_KERNELS_TIGHT)
+
 
 def test_two_kernels_run_where_their_shared_memory_fits():
     fuses = emulation.library().nested_conv_bwd_fuses
     for size in (3, 5, 7):
-        assert fuses(size, nested.TWO_KERNELS) and fuses(size, nested.TWO_KERNELS_TIGHT)
+        assert all(fuses(size, shared_bytes) for shared_bytes in SCHEDULES)
     assert not fuses(7, nested.THREE_KERNELS) and not fuses(9, 227 * 1024)
 
 
@@ -31,16 +33,16 @@ def test_two_kernels_run_where_their_shared_memory_fits():
     ],
     ids=str,
 )
-def test_two_kernels_give_the_same_bits_with_and_without_prefetch(case):
+def test_two_kernels_give_the_same_bits_on_every_schedule(case):
     inputs = nested.arguments(case)
     dv = torch.randn(case.shape).to(case.dtype)
     kept = nested.forward(case, *inputs)
     results = []
-    for shared_bytes in (nested.TWO_KERNELS, nested.TWO_KERNELS_TIGHT):
+    for shared_bytes in SCHEDULES:
         with emulation.device(shared_bytes):
             results.append(nested.backward(case, dv, kept, inputs))
-    for ahead, tight in zip(*results, strict=True):
-        assert torch.equal(ahead, tight)
+    for overlapped, ahead, direct in zip(*results, strict=True):
+        assert torch.equal(overlapped, ahead) and torch.equal(overlapped, direct)
 
 
 @pytest.mark.parametrize("cancels", [False, True], ids=["random", "means_cancel"])

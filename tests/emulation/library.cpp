@@ -47,15 +47,18 @@ int nested_conv_bwd_fuses(int kernel_size, int shared_bytes) {
     return convnest::cuda::fuses_nested_conv_bwd(kernel_size, shared_bytes);
 }
 
-// Of the forward, the input gradient, the weight gradient, and the two in one, with and without the
-// next stage on its way; of small maps, forward and backward.
+// Of the forward, the input gradient, the weight gradient, and the two in one, from the schedule
+// with the most overlap to that with none; of small maps, forward and backward.
 int shared_bytes_of_7x7(int kernel) {
     using namespace convnest::cuda;
-    const std::size_t bytes[] = {
-        sizeof(NestedConvFwdShared<7>),         sizeof(DepthwiseShared<7, Source::gelu_gradient>),
-        sizeof(DepthwiseWgradShared<7, false>), sizeof(NestedConvBwdShared<7, true>),
-        sizeof(NestedConvBwdShared<7, false>),  sizeof(DepthwiseSmallShared<7>),
-        sizeof(DepthwiseSmallBwdShared<7>)};
+    const std::size_t bytes[] = {sizeof(NestedConvFwdShared<7>),
+                                 sizeof(DepthwiseShared<7, Source::gelu_gradient>),
+                                 sizeof(DepthwiseWgradShared<7, false>),
+                                 sizeof(NestedConvBwdShared<7, Schedule::overlapped>),
+                                 sizeof(NestedConvBwdShared<7, Schedule::ahead>),
+                                 sizeof(NestedConvBwdShared<7, Schedule::direct>),
+                                 sizeof(DepthwiseSmallShared<7>),
+                                 sizeof(DepthwiseSmallBwdShared<7>)};
     return static_cast<int>(bytes[kernel]);
 }
 
