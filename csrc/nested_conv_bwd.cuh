@@ -10,17 +10,22 @@
 // 512 threads, one block to an SM; a block takes 16 channels of an item of the canvas, a warp one
 // of them, with both rings of K accumulators: dz's (band.cuh) and the weight gradient's
 // (depthwise_wgrad.cuh). It marches down the rows, 4 rows of z to a stage, du R rows ahead:
+//     fetch   the stage's rows, asynchronously where shared memory has room for them
 //     fill    z and x̂ of rows y .. y + 3; du of rows y + R .. y + R + 3, into its ring
-//     barrier
-//     fetch   the next stage's rows, asynchronously; or, where shared memory has no room for them,
-//             in the fill, without hiding their latency
 //     product weight gradient: z against du of rows y − R .. y + 3 + R; then dz of rows y .. y + 3,
 //             written over z; then dγ and dβ: dz against x̂ and against the mask of what counts
-//     barrier
 //     drain   dz, x̂ and du to p and the row sums
 // So every element of h is read and normed once, for the pixels that the item owns; du alone has a
-// halo, and the first one or two stages fill its ring and dz's accumulators alone. The ring is so
-// long that the drain reads its rows of du while the next fill writes: no third barrier.
+// halo, and the first one or two stages fill its ring and dz's accumulators alone.
+//
+// How the parts follow each other is a matter of shared memory, the bits are the same:
+//     direct      fetch and fill, barrier, product, barrier, drain
+//     ahead       fill, barrier, fetch of the next stage, product, barrier, drain
+//     overlapped  barrier, product of stage s; drain of s − 1, fill of s + 1, fetch of s + 2
+// A thread drains the cells that it fills next, and the ring is so long that the drain reads its
+// rows of du while a fill writes: no barrier stands between the two. Overlapped, half of the warps
+// multiply first and half last, so that the tensor cores, the arithmetic and the memory of these
+// parts have work at the same time.
 #pragma once
 
 #include "common/band.cuh"
@@ -55,12 +60,7 @@ struct NestedConvBwdArgs {
     int channel_blocks;
 };
 
-// How a stage's parts follow each other.
-enum class Schedule {
-    direct,     // fetch in the fill: its latency shows
-    ahead,      // fetch one stage ahead
-    overlapped  // fetch two stages ahead; fill, product and drain of three stages at once
-};
+enum class Schedule { direct, ahead, overlapped };
 template <Schedule kSchedule>
 constexpr int kBuffers = kSchedule == Schedule::overlapped ? 2 : 1;
 // Of du, a stage's rows of z meet K + 3, and the drain reads one more (R = 3) while the next fill
@@ -335,12 +335,10 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
         }
     };
     if constexpr (kOverlapped) {
-        // Interval s, from barrier to barrier: product s beside drain s − 1, fill s + 1 and fetch
-        // s + 2, all in one order or the other. Warps w, w + 4, w + 8 and w + 12 share a scheduler,
-        // and so two of them multiply when the other two do not.
+        // Warps w, w + 4, w + 8 and w + 12 share a scheduler: two of them multiply first.
         const bool multiplies_first = thread / (4 * kWarpSize) % 2 == 0;
         std::uint32_t fetched = 0, filled = 0, multiplied = 0;  // their rows' first pixels
-        unsigned owned = 0;  // bits of their pixels: the fetched ones', the filled ones', ...
+        unsigned owned = 0;                    // their pixels' bits, 2 of each, the fetched lowest
         int rows = all_rows + 2 * kStageRows;  // of z from stage s on
 #pragma unroll 1
         for (int s = -2; rows > -kStageRows; ++s, rows -= kStageRows) {
@@ -362,12 +360,12 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
                 }
                 const int to_fill = rows - kStageRows, to_fetch = to_fill - kStageRows;
                 async_copy_wait<0>();
-                __syncwarp();  // the statistics, coming and going, are shared by two threads
+                __syncwarp();  // the statistics that came and the rstd that went are two threads'
                 if (to_fill > 0 && to_fill <= all_rows) {
                     fill_du(((s + 1) & 3) * kStageRows);
                     if (to_fill <= outputs) fill_z(stage, owned >> 2);
                 }
-                __syncwarp();
+                __syncwarp();  // both have taken the statistics
                 if (to_fetch > 0) {
                     fetched = walk.pixel;
                     fetch(to_fetch);
