@@ -21,7 +21,7 @@ OUTPUTS = 512
 # masks, γ and β; dz: windows, band, outputs; taps: windows and tiles, masks; dγ, dβ; the drain
 STAGING_WAVEFRONTS = 48 + 4
 FUSED_WAVEFRONTS = (
-    STAGING_WAVEFRONTS + (24 + 2 + 8) + (16 + 14 + 8) + (36 + 16) + (16 + 16) + (24 + 4 + 2)
+    STAGING_WAVEFRONTS + (24 + 2 + 8) + (16 + 14 + 8) + (36 + 16) + (8 + 16) + (24 + 4 + 2)
 )
 # Schedule::direct, ahead and overlapped, by the shared memory of a block
 DIRECT, AHEAD, OVERLAPPED = range(3)

@@ -123,12 +123,14 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
     constexpr bool kOverlapped = kSchedule == Schedule::overlapped;
     auto& du_ring = shared.planes.du;
     const Canvas& canvas = args.canvas;
-    const int thread = threadIdx.x, lane = thread % kWarpSize, channel = thread / kWarpSize;
+    const int thread = threadIdx.x, lane = thread % kWarpSize;
+    // The compiler is to know that it is the same in a warp.
+    const int channel = __shfl_sync(kFullWarp, thread / kWarpSize, 0);
     const int channel_block = blockIdx.x % args.channel_blocks;
     const int index = blockIdx.x / args.channel_blocks;
     const int channel0 = channel_block * kBlockChannels;
     Item item = item_of(canvas, index);
-    const PairRole role(thread);
+    const PairRole role(thread, channel / 4);
 
     // Parameters, and zeros where planes have no pixel and above the item's first rows of du
     fill_bands<Element, K>(shared.bands, args.weight + channel0 * K * K, args.C - channel0, true,
@@ -261,6 +263,7 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
         const int cells = role.row * kPairRowBytes + role.cell<8>(0);
         const unsigned char* du_cells =
             du_ring.row(du_ring.wrap(finished + role.row)) + role.template cell<4>(0);
+        const bool shortcut = recompute_from(args.shortcut);  // or all of this is there twice
         const float2 scales = stage.rstd.load(role);
         const float scale[2] = {scales.x, scales.y};
         float sum[2] = {0.f, 0.f}, sum_normal[2] = {0.f, 0.f};
@@ -275,7 +278,7 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
                 const auto dz = load_shared<std::uint32_t>(stage.z.bytes + cells + plane);
                 const auto normal = load_shared<std::uint32_t>(stage.normal.bytes + cells + plane);
                 std::uint32_t du = 0;
-                if (args.shortcut) du = load_shared<std::uint32_t>(du_cells + plane);
+                if (shortcut) du = load_shared<std::uint32_t>(du_cells + plane);
                 const float factor = c == 0 ? gamma.x : gamma.y;
                 const float a[2] = {Element::low(dz) * factor, Element::high(dz) * factor};
                 sum[0] += a[0], sum[1] += a[1];
@@ -336,7 +339,7 @@ __global__ void __launch_bounds__(kPairThreads, 1) nested_conv_bwd_kernel(Nested
     };
     if constexpr (kOverlapped) {
         // Warps w, w + 4, w + 8 and w + 12 share a scheduler: two of them multiply first.
-        const bool multiplies_first = thread / (4 * kWarpSize) % 2 == 0;
+        const bool multiplies_first = channel / 4 % 2 == 0;
         std::uint32_t fetched = 0, filled = 0, multiplied = 0;  // their rows' first pixels
         unsigned owned = 0;                    // their pixels' bits, 2 of each, the fetched lowest
         int rows = all_rows + 2 * kStageRows;  // of z from stage s on

@@ -57,9 +57,8 @@ __device__ __forceinline__ void correlate_rows(Ring<K>& sums, FragmentC& bias_su
         for (int ky = 0; ky < K; ++ky) {
             mma<Element>(sums[ky], window, gradient[row + K - 1 - ky], sums[ky]);
         }
-        std::uint32_t mask[4];
-        load_matrices<true>(mask, masks.tiles(row, lane));
-        const FragmentA counted = {mask[0], 0u, mask[1], 0u};
+        FragmentA counted;  // the lower half, with the other lead, is of no use
+        load_matrices<true>(counted, masks.tiles(row, lane));
         mma<Element>(bias_sum, counted, gradient[row + K / 2], bias_sum);
     }
 }
@@ -95,16 +94,20 @@ __device__ __forceinline__ void correlate_norm(FragmentC& sums, const unsigned c
                                                const unsigned char* normal, const PairMasks& masks,
                                                int channel, int lane) {
     const int tiles = pair_tiles(channel, lane, 1);
+    // A lane gives the address of a row of x̂ or of the mask, in the fragment's order.
+    const int tile = ((lane & 7) + (lane >> 4) * 8 + 1) * 16;
+    const bool of_mask = lane >> 3 & 1;
+    const unsigned char* factors =
+        of_mask ? masks.rows[0][1] + tile : normal + pair_plane(channel) + tile;
+    const int row_bytes = of_mask ? sizeof(masks.rows[0]) : kPairRowBytes;
 #pragma unroll
     for (int row = 0; row < kStageRows; row += 2) {
-        std::uint32_t gradient[4], factor[4];
+        std::uint32_t gradient[4];
         load_matrices<true>(gradient, dz + tiles + row * kPairRowBytes);
-        load_matrices<true>(factor, normal + tiles + row * kPairRowBytes);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            std::uint32_t mask[4];
-            load_matrices<true>(mask, masks.tiles(row + i, lane));
-            const FragmentA a = {factor[2 * i], mask[2], factor[2 * i + 1], mask[3]};
+            FragmentA a;
+            load_matrices<true>(a, factors + (row + i) * row_bytes);
             const FragmentB b = {gradient[2 * i], gradient[2 * i + 1]};
             mma<Element>(sums, a, b, sums);
         }

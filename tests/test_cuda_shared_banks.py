@@ -125,9 +125,15 @@ def test_matrix_loads_of_pair_planes(channel):
         assert wavefronts(tiles, 16) == 4
         assert max(tiles) + 16 <= PAIR_ROW + base + PAIR_PLANE
     masks = [
-        (n >> 4) * PAIR_PLANE + ((n & 7) + (n >> 3 & 1) * 8 + (n >> 4)) * 16 for n in range(32)
+        (n >> 3 & 1) * PAIR_PLANE + ((n & 7) + (n >> 4) * 8 + (n >> 3 & 1)) * 16 for n in range(32)
     ]
     assert wavefronts(masks, 16) == 4
+    # x̂ and the mask, a plane of another struct, 8 lanes each in turn
+    factors = [
+        ((n & 7) + (n >> 4) * 8 + 1) * 16 + (4 * PAIR_ROW + PAIR_PLANE if n >> 3 & 1 else base)
+        for n in range(32)
+    ]
+    assert wavefronts(factors, 16) == 4
     assert wavefronts([base + 16 + n * 4 for n in range(32)], 4) == 1
 
 

@@ -29,8 +29,8 @@ __device__ __forceinline__ constexpr int pair_plane(int channel) {
 struct PairRole {
     int half, pair, row;
 
-    __device__ __forceinline__ explicit PairRole(int thread)
-        : half(thread & 1), pair(thread >> 1 & (kPairsOfRow - 1)), row(thread >> 7) {}
+    __device__ __forceinline__ explicit PairRole(int thread, int row)
+        : half(thread & 1), pair(thread >> 1 & (kPairsOfRow - 1)), row(row) {}
 
     // Its cell of channel 8·half + i in a row of planes with this lead.
     template <int kLead>
@@ -65,7 +65,7 @@ struct PairMasks {
                      Element::kOnes & mask);
     }
     __device__ __forceinline__ const unsigned char* tiles(int row, int lane) const {
-        return rows[row][lane >> 4] + ((lane & 7) + (lane >> 3 & 1) * 8 + (lane >> 4)) * 16;
+        return rows[row][lane >> 3 & 1] + ((lane & 7) + (lane >> 4) * 8 + (lane >> 3 & 1)) * 16;
     }
 };
 
