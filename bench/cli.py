@@ -51,6 +51,7 @@ def add_arguments(found: argparse.ArgumentParser) -> None:
     add("--image-size", type=int, default=224)
     add("--budget", type=float, default=10.0, help="seconds of timing for each cell (10)")
     add("--samples", type=int, default=timing.WANTED_SAMPLES, help="of each contender (30)")
+    add("--peer-timeout", type=float, default=120.0, help="seconds for a peer to get ready (120)")
     add("--cell-timeout", type=float, default=400.0, help="seconds for a cell, compiling too")
     add("--minutes", type=float, help="stop after; cells left out are listed (15 with --full)")
     add("--full", action="store_true", help="the set whose results are committed, and doctor")
@@ -232,6 +233,7 @@ def _measure(
         "budget": planned.budget,
         "wanted": args.samples if samples is None else samples,
         "limits": found,
+        "peer_seconds": args.peer_timeout,
     }
     environment = {**os.environ, **cells.ALLOCATORS[cell.allocator]}
     environment["OMP_NUM_THREADS"] = str(cell.threads)

@@ -54,12 +54,16 @@ class Folder:
     @property
     def machine(self) -> str:
         found = self.results["machine"]
-        return f"{found.get('gpu') or found['processor']} ({found['family']})"
+        return found.get("gpu") or f"{found['processor']} ({found['family']})"
+
+    @property
+    def is_gpu(self) -> bool:
+        return "gpu" in self.results["machine"]
 
     @property
     def threads(self) -> str:
         """Of a CPU, in words; nothing for a GPU."""
-        if "gpu" in self.results["machine"]:
+        if self.is_gpu:
             return ""
         counts = sorted({cell.threads for cell, _ in self.pairs})
         return f", {' and '.join(map(str, counts))} thread{'s' * (counts != [1])}"
@@ -75,7 +79,7 @@ class Folder:
 
 
 def folders() -> list[Folder]:
-    """The results folders, the one that is shown in full first.
+    """The results folders, of GPUs and of CPUs the one that is shown in full first.
 
     That is the largest of the machine which measured last.
     """
@@ -90,14 +94,32 @@ def folders() -> list[Folder]:
 
 
 def section() -> str:
-    """The text between the markers: the newest machine's table, a line for each other folder."""
-    parts = ["No results are committed yet.", ""]
-    if found := folders():
-        shown, *others = found
-        parts = _in_full(shown)
-        if others:
-            parts += ["Other results:", "", *(_in_a_line(f, found) for f in others), ""]
-    return "\n".join([BEGIN, "", *parts, END])
+    """The text between the markers: a machine of each kind, and a line for each other folder."""
+    parts = []
+    found = folders()
+    others = []
+    for title, is_gpu in (("### On a GPU", True), ("### On a CPU", False)):
+        kind = [folder for folder in found if folder.is_gpu == is_gpu]
+        if kind:
+            parts += [title, "", *_in_full(kind[0])]
+        others += kind[1:]
+    if others:
+        parts += ["Other results:", "", *(_in_a_line(f, found) for f in others), ""]
+    return "\n".join([BEGIN, "", *(parts or ["No results are committed yet.", ""]), END])
+
+
+PEERS = {
+    True: "the best peer is the fastest of eager (both layouts, cuDNN's depthwise kernels and "
+    "PyTorch's own) and torch.compile; medians of one interleaved run between CUDA events, the L2 "
+    "cache overwritten before each, inference replayed from CUDA graphs on every side",
+    False: "the best peer is the fastest of eager, torch.compile (frozen in inference), ONNX "
+    "Runtime, OpenVINO and zentorch, as they apply; medians of one interleaved run",
+}
+FLOOR = (
+    "The floor is the arithmetic at the machine's measured rates; other work on the machine "
+    "lowers the part of it, not the ratios. Malloc is tuned to keep its memory, unless it says "
+    "default: page faults then count, on every side."
+)
 
 
 def _in_full(folder: Folder) -> list[str]:
@@ -105,12 +127,9 @@ def _in_full(folder: Folder) -> list[str]:
     lines = [
         f"**{folder.machine}**{folder.threads}, {folder.torch}; all figures, samples, plots and "
         f"the commands are in [{folder.where}]({folder.where}/README.md). "
-        "Speed-up is over eager PyTorch in channels_last; the best peer is the fastest of eager, "
-        "torch.compile (frozen in inference), ONNX Runtime, OpenVINO and zentorch, as they apply; "
-        f"medians of one interleaved run, {WANTED_SAMPLES} samples each unless fewer are named. "
-        "The floor is the arithmetic at the machine's measured rates; other work on the machine "
-        "lowers the part of it, not the ratios. Malloc is tuned to keep its memory, unless it says "
-        "default: page faults then count, on every side.",
+        f"Speed-up is over eager PyTorch in channels_last; {PEERS[folder.is_gpu]}, "
+        f"{WANTED_SAMPLES} samples each unless fewer are named."
+        + (f" {FLOOR}" if not folder.is_gpu else ""),
         "",
     ]
     lines += _stage_table(pairs, "block", "One block of ConvNeSt-T, ours")
@@ -210,12 +229,8 @@ def _stage_table(pairs: Pairs, subject: str, title: str) -> list[str]:
     groups = {k: v for k, v in _group(pairs).items() if k[0] == subject}
     if not groups:
         return []
-    lines = [
-        f"{title}, at its stages 1 to 4:",
-        "",
-        "| mode | speed-up over eager | over the best peer | of the floor |",
-        "|---|---|---|---|",
-    ]
+    head = ["mode", "speed-up over eager", "over the best peer", *_floor_column(pairs)]
+    lines = [f"{title}, at its stages 1 to 4:", "", _row(head), "|---" * len(head) + "|"]
     for (_, setting), found in groups.items():
         name = setting + _few([record for _, record in found])
         eager, peer, floor = [], [], []
@@ -232,9 +247,18 @@ def _stage_table(pairs: Pairs, subject: str, title: str) -> list[str]:
             peer.append(_bold(_versus_peer(record)))
             bound = record.get("floor")
             floor.append(f"{bound / record['contenders'][ours]['median']:.0%}" if bound else "–")
-        columns = (" / ".join(column) for column in (eager, peer, floor))
-        lines.append(f"| {name} | " + " | ".join(columns) + " |")
+        columns = [" / ".join(column) for column in (eager, peer, floor)]
+        lines.append(_row([name, *columns][: len(head)]))
     return [*lines, ""]
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _floor_column(pairs: Pairs) -> list[str]:
+    """A column's head; a GPU's floor, bytes and linear layers, says little of what bounds these."""
+    return [] if pairs[0][0].device == "cuda" else ["of the floor"]
 
 
 def _bold(ratio: float) -> str:
@@ -281,12 +305,11 @@ def _operator_table(pairs: Pairs) -> list[str]:
     }
     if not groups:
         return []
+    head = ["operator", "mode", "over the best peer", *_floor_column(pairs)]
     lines = [
         "The operators alone, over the best peer, stages 1 to 4:",
-        "",
-        "| operator | mode | over the best peer | of the floor |",
-        "|---|---|---|---|",
-    ]
+        "", _row(head), "|---" * len(head) + "|",
+    ]  # fmt: skip
     for (subject, setting), found in groups.items():
         by_stage = {cell.stage: record for cell, record in found}
         ratios, floors = [], []
@@ -300,10 +323,9 @@ def _operator_table(pairs: Pairs) -> list[str]:
             ratios.append(_bold(_versus_peer(record)))
             bound = record.get("floor")
             floors.append(f"{bound / record['contenders'][ours]['median']:.0%}" if bound else "–")
-        lines.append(
-            f"| `{subject}` | {setting}{_few([record for _, record in found])} | "
-            f"{' / '.join(ratios)} | {' / '.join(floors)} |"
-        )
+        name = setting + _few([record for _, record in found])
+        columns = [f"`{subject}`", name, " / ".join(ratios), " / ".join(floors)]
+        lines.append(_row(columns[: len(head)]))
     return [*lines, ""]
 
 

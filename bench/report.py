@@ -125,8 +125,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         "# Benchmark results",
         "",
-        f"Machine: {machine.get('gpu') or machine.get('processor')} "
-        f"({machine.get('family')}, kernels for {machine.get('isa')}), {machine.get('system')}. "
+        f"Machine: {_machine(machine)}, {machine.get('system')}. "
         f"Versions: Python {machine.get('python')}, {versions}. "
         f"Taken at {', '.join(sorted(map(str, commits)))}.",
         "",
@@ -152,6 +151,14 @@ def markdown(results: dict[str, Any]) -> str:
         lines += ["| " + " | ".join(line) + " |" for line in rows(record)]
         lines += [""] + [f"- {line}" for line in absent(record)]
     return "\n".join(lines) + "\n"
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    if "gpu" not in machine:
+        kernels = machine.get("isa")
+        return f"{machine.get('processor')} ({machine.get('family')}, kernels for {kernels})"
+    driver = (machine.get("nvidia-smi") or {}).get("driver_version")
+    return f"{machine['gpu']} (compute capability {machine['capability']}, driver {driver})"
 
 
 def page(results: dict[str, Any]) -> str:

@@ -29,18 +29,18 @@ from bench.runtimes import Prepared, SkipError
 from bench.verify import Checker, WrongNumbersError
 from bench.work import Work, build
 
-PREPARE_SECONDS = 120.0  # for a peer to compile and be checked
-
 
 def measure(
     cell: Cell, peers: list[str], budget: float, limits: dict[str, Any] | None,
     tell: Callable[[str], None] = lambda text: None, wanted: int = timing.WANTED_SAMPLES,
+    peer_seconds: float = 120.0,
 ) -> dict[str, Any]:  # fmt: skip
     """Check every contender, time those that are right in turn, measure their memory.
 
     Returns the record: the cell, its cost and floor, and by contender its times and memory, or
-    "skipped" or "refused" with the reason. A refused contender of ours fails the run. With no
-    samples wanted, each one runs once, which fills the compilers' caches.
+    "skipped" or "refused" with the reason. A refused contender of ours fails the run; a peer has
+    `peer_seconds` to compile and be checked. With no samples wanted, each one runs once, however
+    long that takes, which fills the compilers' caches.
     """
     begun = time.perf_counter()
     torch.set_num_threads(cell.threads)
@@ -64,7 +64,7 @@ def measure(
         found: dict[str, Any] = record["contenders"].setdefault(name, {})
         ours = CONTENDERS[name].ours
         try:
-            with nullcontext() if ours or not wanted else _at_most(PREPARE_SECONDS):
+            with nullcontext() if ours or not wanted else _at_most(peer_seconds):
                 prepared = CONTENDERS[name].prepare(work)
                 with prepared.scope():
                     if wanted:
@@ -178,6 +178,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         request["limits"],
         tell=lambda text: print(text, file=sys.stderr, flush=True),
         wanted=request["wanted"],
+        peer_seconds=request["peer_seconds"],
     )
     for name, reason in request["left_out"].items():
         record["contenders"][name] = {"skipped": reason}

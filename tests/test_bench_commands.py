@@ -120,7 +120,12 @@ def test_one_process_measures_cell_after_cell() -> None:
         ["nested_conv"], [2], [1], ["float32"], ["infer"], variants=["convnest_atto"], image_size=64
     )
     request = {"cell": dataclasses.asdict(cell), "peers": ["cpu", "eager-nhwc"], "budget": 0.1}
-    request |= {"limits": None, "left_out": {"openvino": "not now"}, "wanted": 5}
+    request |= {
+        "limits": None,
+        "left_out": {"openvino": "not now"},
+        "wanted": 5,
+        "peer_seconds": 60,
+    }
     environment = {**os.environ, "PYTHONPATH": str(readme.ROOT)}
     with process.measuring("cuda") as measure_one:
         assert isinstance(measure_one, process.Shared)

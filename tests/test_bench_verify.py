@@ -14,7 +14,6 @@ from bench import (
     cells,
     cli,
     verify,
-    worker,
 )
 from bench.cases import OPERATORS
 from bench.cells import Cell
@@ -226,11 +225,11 @@ def test_peer_that_is_never_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(work: Any) -> Any:
         time.sleep(60)
 
-    monkeypatch.setattr(worker, "PREPARE_SECONDS", 0.2)
     monkeypatch.setitem(
         CONTENDERS, "compile-nchw", dataclasses.replace(CONTENDERS["compile-nchw"], prepare=slow)
     )
-    record = measure(small("gelu_layernorm"), ["compile-nchw", "eager-nhwc"], 0.0, LIMITS, wanted=5)
+    peers = ["compile-nchw", "eager-nhwc"]
+    record = measure(small("gelu_layernorm"), peers, 0.0, LIMITS, wanted=5, peer_seconds=0.2)
     assert record["contenders"]["compile-nchw"]["skipped"] == "not ready after 0.2 s"
     assert "median" in record["contenders"]["eager-nhwc"]
 
