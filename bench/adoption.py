@@ -1,6 +1,7 @@
 """Whole models of other libraries, before and after `accelerate`: time, and bytes for backward.
 
-    python -m bench.adoption                   # timm's and torchvision's convnext_tiny
+    python -m bench.adoption                   # timm's and torchvision's convnext_tiny; on a GPU,
+                                               # where there is one
     python -m bench.adoption --matmul          # the linear layers of ConvNeXt-T alone
 
 Each repetition times the model as it is and then accelerated (A B A B ...), on one process, after a
@@ -40,9 +41,17 @@ def build(library: str) -> nn.Module:
 
 
 def seconds(function: Callable[[], object]) -> float:
+    wait()
     start = time.perf_counter()
     function()
+    wait()
     return time.perf_counter() - start
+
+
+def wait() -> None:
+    """For what a GPU, if there is one, was given to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def interleaved(
@@ -74,7 +83,7 @@ def held(model: nn.Module, x: Tensor, amp: bool) -> int:
 
 
 def forward(model: nn.Module, x: Tensor, amp: bool) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
         return model(x)
 
 
@@ -97,17 +106,22 @@ def check(theirs: nn.Module, ours: nn.Module, x: Tensor, amp: bool) -> None:
             raise SystemExit(f"the gradients of {name} differ by {difference:.2g}: no times")
 
 
-def models(libraries: list[str], batch: int, repeats: int, channels_last: bool, amp: bool) -> None:
-    x = torch.randn(batch, 3, SIZE, SIZE)
+def models(
+    libraries: list[str], batch: int, repeats: int, channels_last: bool, amp: bool, device: str
+) -> None:
+    x = torch.randn(batch, 3, SIZE, SIZE, device=device)
+    where = (
+        torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    )
     print(f"convnext_tiny, {batch} images of {SIZE}², {'autocast bfloat16' if amp else 'float32'},")
     print(
         f"{'channels_last' if channels_last else 'contiguous'}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads, median of {repeats}\n"
+        f"{where}, median of {repeats}\n"
     )
     print("| library | what | before | after | ratio |")
     print("|---|---|---|---|---|")
     for library in libraries:
-        theirs = build(library)
+        theirs = build(library).to(device)
         if channels_last:
             theirs, x = (thing.to(memory_format=torch.channels_last) for thing in (theirs, x))
         ours = copy.deepcopy(theirs)
@@ -116,7 +130,7 @@ def models(libraries: list[str], batch: int, repeats: int, channels_last: bool, 
         for what, step in (("training step", train), ("inference", infer)):
             both = [functools.partial(step, model, x, amp) for model in (theirs, ours)]
             before, after, ratio = interleaved(*both, repeats)
-            print(f"| {library} | {what} | {before:.3f} s | {after:.3f} s | {ratio:.2f}× |")
+            print(f"| {library} | {what} | {before:.4g} s | {after:.4g} s | {ratio:.2f}× |")
         a, b = held(theirs, x, amp), held(ours, x, amp)
         print(
             f"| {library} | kept for backward | {a / 1e6:.0f} MB | {b / 1e6:.0f} MB "
@@ -166,6 +180,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="torch's own choice otherwise")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--amp", action="store_true", help="autocast to bfloat16")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, choices=["cpu", "cuda"])
     parser.add_argument("--matmul", action="store_true", help="the linear layers alone")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -179,6 +195,7 @@ def main() -> None:
             arguments.repeats,
             arguments.channels_last,
             arguments.amp,
+            arguments.device,
         )
 
 

@@ -159,11 +159,10 @@ def _prepare(missing: list[Planned], args: argparse.Namespace) -> int:
 
 
 def _folder_name(args: argparse.Namespace) -> str:
-    name = torch.cuda.get_device_name() if args.device == "cuda" else machine.processor()
-    words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
-    if args.device == "cpu":
-        words += [*(machine.family() or "").split()[1::2], f"{args.threads}t"]
-    return "-".join(words)
+    if args.device == "cuda":
+        return machine.folder(torch.cuda.get_device_name())
+    family = (machine.family() or "").split()[1::2]
+    return "-".join([machine.folder(machine.processor()), *family, f"{args.threads}t"])
 
 
 def _begin(store: Store, args: argparse.Namespace) -> None:

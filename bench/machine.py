@@ -35,6 +35,11 @@ def family() -> str | None:
     return f"family {found['cpu family']} model {found['model']}" if "cpu family" in found else None
 
 
+def folder(name: str) -> str:
+    """A machine's name as that of a results folder."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
 def usable_cores() -> int:
     """The cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

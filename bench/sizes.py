@@ -120,7 +120,6 @@ def main() -> int:
     add("--batch", type=int, default=128)
     add("--kernel-sizes", type=int, nargs="+", default=list(KERNEL_SIZES), choices=KERNEL_SIZES)
     add("--compile", type=int, metavar="PROCESSES", help="compile Triton's kernels alone")
-    add("--out", type=Path, help="results folder (bench/results/<GPU>)")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("torch sees no GPU here", file=sys.stderr)
@@ -149,8 +148,7 @@ def main() -> int:
         "machine": found, "stage": args.stage, "batch": args.batch, "rows": rows,
         "command": " ".join(["python -m bench.sizes", *sys.argv[1:]]),
     }  # fmt: skip
-    name = "-".join(found["gpu"].lower().split())
-    folder = args.out or Path(__file__).parent / "results" / name
+    folder = Path(__file__).parent / "results" / machine.folder(found["gpu"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sizes.json").write_text(json.dumps(results, indent=1) + "\n")
     (folder / "sizes.md").write_text(page(results))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.cases import CASES, CONV_OPERATORS, OPERATORS, Case, make_inputs, stage_cases
-from convnest_kernels import NestedBlock, backends, explain, models
+from convnest_kernels import NestedBlock, accelerate, backends, explain, models
 from convnest_kernels.backends import Call
 from tests.test_operators import check, output_and_gradients
 
@@ -233,6 +233,29 @@ def test_a_network_trains(backend: str) -> None:
     ours, eager = losses[backend], losses["eager"]
     assert ours[-1] < 0.8 * ours[0]
     assert ours == pytest.approx(eager, rel=0.05, abs=0.02)
+
+
+def test_accelerated_convnext() -> None:
+    """timm's ConvNeXt before and after: logits and every gradient, in float32."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("convnext_atto", num_classes=8, ls_init_value=0.1).cuda()
+    images = torch.randn(4, 3, 64, 64, device="cuda")
+
+    def run() -> list[Tensor]:
+        logits = model(images)
+        parameters = list(model.parameters())
+        return [logits.detach(), *torch.autograd.grad(logits.square().sum(), parameters)]
+
+    before = run()
+    report = accelerate(model, strict=True)
+    assert {layer.backend for layer in report.replaced} == {"cuda"}
+    for mine, theirs in zip(run(), before, strict=True):
+        scale = theirs.abs().max().item()
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4 * scale + 1e-6)
+    with torch.autocast("cuda", torch.bfloat16):
+        low = model(images)
+    assert (low.float() - before[0]).norm() < 0.05 * before[0].norm()
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def reasons_against(call: Call) -> list[str]:
 
 
 def reasons_against_auto(call: Call) -> list[str]:
-    """In its interpreter it is a tool for tests; and where it was measured to be slower than eager."""
+    """In its interpreter it is a tool for tests; elsewhere, where it was measured to be slow."""
     if call.device == "cpu":
         return ["in its interpreter it runs by name alone"]
     on_tensor_cores = call.dtype.itemsize == 2 and call.kernel_size in (5, 7, 9)
