@@ -85,8 +85,9 @@ _FORWARD, _DGRAD = (
     f"depthwise_kernel{_TYPES}(Source)1, true>",
 )
 _DEPTHWISE = f"depthwise_kernel{_TYPES}(Source)0, true>"
-_WGRAD = f"depthwise_wgrad_kernel{_TYPES}true, true>"
-_PLAIN_WGRAD = f"depthwise_wgrad_kernel{_TYPES}false, true>"
+_WGRAD = f"depthwise_wgrad_kernel{_TYPES}true, false, true>"
+# With the next stage's rows on their way, as on sm_90 and sm_100.
+_PLAIN_WGRAD = f"depthwise_wgrad_kernel{_TYPES}false, true, true>"
 _BWD, _DW, _DW_BWD = (
     "nested_conv_bwd.cu",
     "dwconv_gelu_layernorm.cu",

@@ -14,6 +14,7 @@ from bench import predict
 from bench.predict import BATCH, CHIPS, KERNEL_SIZE, STAGES, Chip, compiled, describe
 
 FUSED_SOURCE = "nested_conv_bwd_fused.cu"
+NORM = "layernorm_bwd_kernel<BFloat16, (NormOrder)0, true>"
 FINISH = "nested_conv_finish_kernel<BFloat16>"
 # Nominal outputs of a warp's stage: 4 rows × 128 pixels of one channel.
 OUTPUTS = 512
@@ -74,11 +75,9 @@ def terms_of(
 def in_three(chip: Chip, size: int, channels: int) -> list[dict[str, float]]:
     """Terms of dgrad, wgrad and the norm's backward."""
     kernels = compiled(DGRAD.source, chip.arch)
-    octets = math.ceil(channels / 8)
-    vectors = 1 if octets <= 512 else 2
-    norm = kernels[f"layernorm_bwd_kernel<BFloat16, (NormOrder)0, {vectors}, true>"]
-    threads = math.ceil(math.ceil(octets / vectors) / 32) * 32
-    outputs = 32 * 8 * octets / threads  # of a warp's turn; some lanes may have no vector
+    norm = kernels[NORM]
+    # 12·C channels of the stages are 4.5 vectors of 4 to a thread, of 5 that it has.
+    outputs = 32 * 4.5 * 4
     return [
         predict.predict(chip, conv, kernels[conv.kernel].stage_mix(), size, channels)
         for conv in (DGRAD, WGRAD)
@@ -106,7 +105,7 @@ def report(archs: list[str]) -> None:
     print("|---|---|---|---|---|")
     for arch in archs:
         kernels, three = compiled(FUSED_SOURCE, arch), compiled(DGRAD.source, arch)
-        norm = three["layernorm_bwd_kernel<BFloat16, (NormOrder)0, 1, true>"]
+        norm = three[NORM]
         of_schedules = [kernels[fused_kernel(KERNEL_SIZE, s)] for s in (OVERLAPPED, AHEAD, DIRECT)]
         for kernel, mix, times in (
             *((kernel, kernel.stage_mix(), 2) for kernel in of_schedules),

@@ -5,10 +5,11 @@
 //     3  depthwise_wgrad_kernel   partials of dw = Σ x·dc, db            reads x, dc
 //     4  sum_partials_kernel      each parameter's gradient, in a fixed order
 //
-// Instances: 1: 3 element types × 3 norms × (1 or 2 vectors of a row) × vector or scalar access =
-// 36; 2 and 3: 2 × kernel sizes 3, 5, 7, 9 × 2 = 16 each. Float32 and the larger kernel sizes take
-// 2 and 3 on the FMA units (depthwise_fma.cu). Small maps take 2 and 3 in one kernel, where the
-// image is the tile (depthwise_small_bwd.cu).
+// Instances: 1: 3 element types × 3 norms × vector or scalar access = 18; 2: 2 × kernel sizes 3, 5,
+// 7, 9 × vector or scalar = 16; 3: the same and, of vectors, with the next stage's rows on their
+// way or not = 24. Float32 and the larger kernel sizes take 2 and 3 on the FMA units
+// (depthwise_fma.cu). Small maps take 2 and 3 in one kernel, where the image is the tile
+// (depthwise_small_bwd.cu).
 #include "common/conv_backward.cuh"
 #include "common/depthwise.cuh"
 #include "dwconv_gelu_layernorm_cuda.h"

@@ -1,5 +1,5 @@
 // gelu_layernorm on CUDA devices: the launches. Instances: forward 3 element types × 2 orders ×
-// vector or scalar access = 12; backward the same × (1 or 2 vectors of a row) = 24.
+// vector or scalar access = 12; backward the same.
 #include "common/row_launch.cuh"
 #include "gelu_layernorm_cuda.h"
 

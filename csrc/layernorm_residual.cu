@@ -1,5 +1,5 @@
 // layernorm_residual on CUDA devices: the launches. Instances: forward 3 element types × vector or
-// scalar access = 6; backward the same × (1 or 2 vectors of a row) = 12.
+// scalar access = 6; backward the same.
 #include "common/row_launch.cuh"
 #include "layernorm_residual_cuda.h"
 

@@ -8,10 +8,10 @@
 //     4  sum_partials_kernel      each parameter's gradient, in a fixed order
 //
 // Ten passes over wide tensors. Instances: 1 and 2: 2 element types × kernel sizes 3, 5, 7, 9 ×
-// vector or scalar access = 16 each; 3: 3 × 2 × (1 or 2 vectors of a row) = 12. Float32 and the
-// larger kernel sizes take 1 and 2 on the FMA units (depthwise_fma.cu). Small maps take 1 and 2 in
-// one kernel, where the image is the tile (depthwise_small_bwd.cu): nine passes, and by prediction
-// less time than two kernels on a canvas half full.
+// vector or scalar access = 16 each; 3: 3 × 2 = 6. Float32 and the larger kernel sizes take 1 and 2
+// on the FMA units (depthwise_fma.cu). Small maps take 1 and 2 in one kernel, where the image is
+// the tile (depthwise_small_bwd.cu): nine passes, and by prediction less time than two kernels on a
+// canvas half full.
 #include "common/conv_backward.cuh"
 #include "common/depthwise.cuh"
 #include "nested_conv_bwd_fused.h"

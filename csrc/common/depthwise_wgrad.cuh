@@ -138,7 +138,7 @@ __device__ __forceinline__ void correlate_stage(Ring<K>& sums, BiasSums& bias_su
 // kVector: 16-byte accesses; C % 8 == 0, x and dy are 16-byte aligned. With the norm, which runs
 // where nested_conv_bwd_kernel does not, two blocks to an SM leave too few registers. kAhead: with
 // vectors and without the norm, the next stage's rows come while this one's are multiplied.
-template <class Element, int K, bool kGeluNorm, bool kVector, bool kAhead>
+template <class Element, int K, bool kGeluNorm, bool kAhead, bool kVector>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kVector && !kGeluNorm>)
     depthwise_wgrad_kernel(DepthwiseWgradArgs args) {
     static_assert(!kAhead || (kVector && !kGeluNorm));
@@ -376,7 +376,7 @@ void launch_depthwise_wgrad(const char* name, DepthwiseWgradArgs args, void* str
              .block = dim3(kThreads),
              .shared_bytes = sizeof(DepthwiseWgradShared<K, kAhead>),
              .stream = stream},
-            depthwise_wgrad_kernel<Element, K, kGeluNorm, kVector, kAhead>, args);
+            depthwise_wgrad_kernel<Element, K, kGeluNorm, kAhead, kVector>, args);
     };
     if constexpr (kVector && !kGeluNorm) {
         // Twice, for two blocks share an SM, and 1 KB of the system's for each.
