@@ -88,9 +88,9 @@ __global__ void __launch_bounds__(kFinishThreads)
         float dh[8];
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
-            const float normal = fmaf(gelu_of<Element>(h.get(c)), norm.x, norm.y);
-            dh[c] =
-                gelu_slope_of<Element>(h.get(c)) * fmaf(normal, norm.w, gradient.get(c) + norm.z);
+            const GeluAndSlope gelu = gelu_and_slope<Element>(h.get(c));
+            const float normal = fmaf(gelu.value, norm.x, norm.y);
+            dh[c] = gelu.slope * fmaf(normal, norm.w, gradient.get(c) + norm.z);
         }
         Vector::template store<true>(args.dh + offset + i * 8, dh, 8);
     }

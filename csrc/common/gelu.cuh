@@ -141,6 +141,28 @@ __device__ __forceinline__ float gelu_slope_float(float x) {
     return fmaf(x, normal.density * kInvSqrt2Pi, below);
 }
 
+struct GeluAndSlope {
+    float value, slope;
+};
+
+// Both, from one tail: the slope is Φ(x) + x φ(x), off by the tail's error, 1.9e-4 at most in bf16.
+template <class Element>
+__device__ __forceinline__ GeluAndSlope gelu_and_slope(float x) {
+    if constexpr (std::is_same_v<Element, Float32>) {
+        constexpr float kInvSqrt2Pi = 0.39894228f;
+        const NormalTail normal = normal_tail(x);
+        const float below = x < 0.f ? normal.tail : 1.f - normal.tail;
+        return {x * below, fmaf(x, normal.density * kInvSqrt2Pi, below)};
+    } else {
+        constexpr float kMinusHalfLog2E = -0.72134752f;
+        constexpr float kLog2InvSqrt2Pi = -1.32574807f;
+        const float t = fabsf(x);
+        const float tail = exp2_fast(GeluFit<Element>::log2_tail(t));
+        const float density = exp2_fast(fmaf(x * kMinusHalfLog2E, x, kLog2InvSqrt2Pi));
+        return {fmaf(-t, tail, fmaxf(x, 0.f)), fmaf(x, density, x < 0.f ? tail : 1.f - tail)};
+    }
+}
+
 // GELU and its derivative, as exact as activations of this type can tell.
 template <class Element>
 __device__ __forceinline__ float gelu_of(float x) {

@@ -69,13 +69,22 @@ __global__ void __launch_bounds__(kMostRowThreads) layernorm_bwd_kernel(LayerNor
     using Vector = RowVector<Element, 4>;
     constexpr int kHeld = kHeldQuads<Element, kOrder>;
     constexpr bool kResidual = kOrder == NormOrder::norm_residual;
-    // What is held in registers until a row's sums are known; the rest is cheaper to make again.
-    constexpr bool kHoldsNormal =
-        kOrder == NormOrder::gelu_then_norm || (kOrder == NormOrder::norm_then_gelu && !kVector);
-    constexpr bool kHoldsA = kOrder == NormOrder::norm_then_gelu ||
-                             (kOrder == NormOrder::gelu_then_norm && sizeof(Storage) == 2);
-    constexpr bool kReadsAhead = kResidual && kVector;  // the residual, with x and dy
-    const int threads = args.cut.threads(), lane = threadIdx.x & (threads - 1);
+    // What is held in registers until a row's sums are known; the rest is cheaper to make again. Of
+    // floats x and dy are read again, from a nearer cache.
+    constexpr bool kReadsAgain =
+        sizeof(Storage) == 4 && (kResidual || (kOrder == NormOrder::norm_then_gelu && !kVector));
+    constexpr bool kHoldsNormal = kOrder == NormOrder::gelu_then_norm ||
+                                  (kOrder == NormOrder::norm_then_gelu && !kVector && !kReadsAgain);
+    constexpr bool kHoldsA = kOrder == NormOrder::norm_then_gelu;
+    // GELU and its slope at once; the slope waits where x did, in 16 bits as fp16, whose rounding
+    // would tell in fp16 alone.
+    constexpr bool kKeepsSlope =
+        kOrder == NormOrder::gelu_then_norm && !std::is_same_v<Element, Float16>;
+    using Kept = std::conditional_t<std::is_same_v<Element, Float32>, Float32, Float16>;
+    constexpr bool kReadsAhead =
+        kResidual && kVector && sizeof(Storage) == 2;  // the residual, with x and dy
+    const int threads = args.cut.threads();
+    int lane = threadIdx.x & (threads - 1);
     const int sets = blockDim.x >> args.cut.shift, set = threadIdx.x >> args.cut.shift;
     const int warps = threads / kWarpSize;  // 0 and 1: a row lies in a warp
     const auto channel_of = [&](int j) { return (lane + j * threads) * 4; };
@@ -102,8 +111,14 @@ __global__ void __launch_bounds__(kMostRowThreads) layernorm_bwd_kernel(LayerNor
             if (kReadsAhead && args.extra != nullptr) extra[j] = read(args.extra, j);
         }
 
+        float slope[4] = {};
         const auto normal_of = [&](int j, int i) {
             const float value = x[j].get(i);
+            if constexpr (kKeepsSlope) {
+                const GeluAndSlope both = gelu_and_slope<Element>(value);
+                slope[i] = both.slope;
+                return (both.value - mean) * rstd;
+            }
             return ((kOrder == NormOrder::gelu_then_norm ? gelu_of<Element>(value) : value) -
                     mean) *
                    rstd;
@@ -141,6 +156,7 @@ __global__ void __launch_bounds__(kMostRowThreads) layernorm_bwd_kernel(LayerNor
                 sum += a[j][i];
                 sum_normal = fmaf(a[j][i], normal[j][i], sum_normal);
             }
+            if constexpr (kKeepsSlope) x[j].template set<Kept>(slope);
             if (kResidual && args.dresidual != nullptr) {
                 Vector::template store<kVector>(
                     static_cast<Storage*>(args.dresidual) + first + channel, dresidual, channels);
@@ -162,14 +178,18 @@ __global__ void __launch_bounds__(kMostRowThreads) layernorm_bwd_kernel(LayerNor
             parity ^= 1;
         }
         if (args.dx == nullptr) continue;
-        const float m1 = sum / args.C, m2 = sum_normal / args.C;
+        // (a − m1 − ẑ·m2)·rstd = a·rstd + ẑ·along + level
+        const float each = -rstd / args.C, level = sum * each, along = sum_normal * each;
         if (!kHoldsNormal) {
             mean = bits_to_float(recompute_from(static_cast<int>(float_to_bits(mean))));
         }
 #pragma unroll
         for (int j = 0; j < kHeld; ++j) {
+            if (!kVector) lane = recompute_from(lane);
             if (channel_of(j) >= width) break;
             if (!kResidual && args.extra != nullptr) extra[j] = read(args.extra, j);
+            if (kReadsAgain) x[j] = read(args.x, j);
+            if (kReadsAgain && !kHoldsA) dy[j] = read(args.dy, j);
             float gamma[4], dx[4];
             if (!kHoldsA) {
                 load_parameter<kVector>(args.ln_weight, channel_of(j), width - channel_of(j), 1.f,
@@ -180,9 +200,11 @@ __global__ void __launch_bounds__(kMostRowThreads) layernorm_bwd_kernel(LayerNor
                 const bool added = !kResidual && args.extra != nullptr;
                 if (!kHoldsNormal) normal[j][i] = normal_of(j, i);
                 if (!kHoldsA) a[j][i] = dy[j].get(i) * gamma[i];
-                dx[i] =
-                    fmaf(a[j][i] - fmaf(normal[j][i], m2, m1), rstd, added ? extra[j].get(i) : 0.f);
-                if (kOrder == NormOrder::gelu_then_norm) {
+                const float from = added ? level + extra[j].get(i) : level;
+                dx[i] = fmaf(a[j][i], rstd, fmaf(normal[j][i], along, from));
+                if constexpr (kKeepsSlope) {
+                    dx[i] *= x[j].template get<Kept>(i);
+                } else if (kOrder == NormOrder::gelu_then_norm) {
                     dx[i] *= gelu_slope_of<Element>(x[j].get(i));
                 }
             }

@@ -41,8 +41,17 @@ template <class Element, int kWidth>
 struct RowVector {
     std::uint32_t pair[kWidth / 2];
 
+    // Values of this type, or of another one of 16 bits in the same registers.
+    template <class Other = Element>
     __device__ __forceinline__ float get(int i) const {
-        return i % 2 == 0 ? Element::low(pair[i / 2]) : Element::high(pair[i / 2]);
+        return i % 2 == 0 ? Other::low(pair[i / 2]) : Other::high(pair[i / 2]);
+    }
+    template <class Other = Element>
+    __device__ __forceinline__ void set(const float (&value)[kWidth]) {
+#pragma unroll
+        for (int k = 0; k < kWidth / 2; ++k) {
+            pair[k] = Other::pack(value[2 * k], value[2 * k + 1]);
+        }
     }
     template <bool kVector>
     __device__ __forceinline__ static RowVector load(const std::uint16_t* address, int channels) {
@@ -64,10 +73,7 @@ struct RowVector {
     __device__ __forceinline__ static void store(std::uint16_t* address,
                                                  const float (&value)[kWidth], int channels) {
         RowVector vector;
-#pragma unroll
-        for (int k = 0; k < kWidth / 2; ++k) {
-            vector.pair[k] = Element::pack(value[2 * k], value[2 * k + 1]);
-        }
+        vector.set(value);
         if constexpr (kVector) {
             store_words<kWidth / 2>(address, vector.pair);
         } else {
@@ -86,7 +92,15 @@ template <int kWidth>
 struct RowVector<Float32, kWidth> {
     std::uint32_t bits[kWidth];
 
-    __device__ __forceinline__ float get(int i) const { return bits_to_float(bits[i]); }
+    template <class = Float32>
+    __device__ __forceinline__ float get(int i) const {
+        return bits_to_float(bits[i]);
+    }
+    template <class = Float32>
+    __device__ __forceinline__ void set(const float (&value)[kWidth]) {
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) bits[i] = float_to_bits(value[i]);
+    }
     template <bool kVector>
     __device__ __forceinline__ static RowVector load(const float* address, int channels) {
         RowVector vector;
@@ -104,10 +118,9 @@ struct RowVector<Float32, kWidth> {
     __device__ __forceinline__ static void store(float* address, const float (&value)[kWidth],
                                                  int channels) {
         if constexpr (kVector) {
-            std::uint32_t bits[kWidth];
-#pragma unroll
-            for (int i = 0; i < kWidth; ++i) bits[i] = float_to_bits(value[i]);
-            store_words<kWidth>(address, bits);
+            RowVector vector;
+            vector.set(value);
+            store_words<kWidth>(address, vector.bits);
         } else {
 #pragma unroll
             for (int i = 0; i < kWidth; ++i) {

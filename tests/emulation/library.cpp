@@ -19,10 +19,12 @@ using convnest::cuda::ElementType;
 ElementType element_type(int type) { return static_cast<ElementType>(type); }
 
 template <class Element>
-void gelu_of_bits(const std::uint16_t* x, int count, float* gelu, float* slope) {
+void gelu_of_bits(const std::uint16_t* x, int count, float* gelu, float* slope, float* both) {
     for (int i = 0; i < count; ++i) {
         gelu[i] = convnest::cuda::gelu_of<Element>(Element::widen_one(x[i]));
         slope[i] = convnest::cuda::gelu_slope_of<Element>(Element::widen_one(x[i]));
+        const auto found = convnest::cuda::gelu_and_slope<Element>(Element::widen_one(x[i]));
+        both[i] = found.value, both[count + i] = found.slope;
     }
 }
 
@@ -69,10 +71,10 @@ int takes_small_map(int N, int H, int W, int kernel_size) {
 int small_map_groups(int N, int C) { return convnest::cuda::small_map_groups(N, C); }
 
 // GELU and its derivative of 16-bit numbers, before they are rounded to that type.
-void gelu(const std::uint16_t* x, int count, int type, float* gelu, float* slope) {
+void gelu(const std::uint16_t* x, int count, int type, float* gelu, float* slope, float* both) {
     const bool bf16 = element_type(type) == ElementType::bfloat16;
     (bf16 ? gelu_of_bits<convnest::cuda::BFloat16>
-          : gelu_of_bits<convnest::cuda::Float16>)(x, count, gelu, slope);
+          : gelu_of_bits<convnest::cuda::Float16>)(x, count, gelu, slope, both);
 }
 
 // Outputs as a fraction of the pixels that the items march over, 128 to a row, in stages.
