@@ -26,7 +26,9 @@ from bench.cases import OPERATORS, Case, stage_cases
 
 STEPS = 5
 # Of the measurement itself, or of torch's casts of parameters.
-LEFT_OUT = re.compile(r"^cuda|^cu[A-Z]|Activity Buffer|Mem(set|cpy)|FillFunctor|copy_kernel")
+LEFT_OUT = re.compile(
+    r"^cuda|^cu[A-Z]|Activity Buffer|Lazy Function|Mem(set|cpy)|FillFunctor|copy_kernel"
+)
 
 
 def short(name: str) -> str:

@@ -282,7 +282,10 @@ def _network_table(pairs: Pairs) -> list[str]:
 
         def rate(name: str | None, found: Any = found, cell: Cell = cell) -> str:
             seconds = found.get(name, {}).get("median") if name else None
-            return f"{cell.batch / seconds:.3g}" if seconds else "–"
+            if not seconds:
+                return "–"
+            rate = cell.batch / seconds
+            return f"{rate:.3g}" if rate < 1000 else f"{rate:,.0f}"
 
         other = [n for n in found if n.startswith("convnext") and "median" in found[n]]
         other.sort(key=lambda name, found=found: found[name]["median"])

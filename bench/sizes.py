@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import machine, timing
+from bench import machine, process, timing
 from bench.cases import CONV_OPERATORS, OPERATORS, Case, make_inputs, stage_cases
 from convnest_kernels.triton.heuristics import KERNEL_SIZES
 
@@ -127,12 +127,20 @@ def main() -> int:
     wanted = list(itertools.product(cases(args.stage, args.batch, args.kernel_sizes), DTYPES))
     if args.compile:
         spawn = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(args.compile, spawn) as pool:
+        with concurrent.futures.ProcessPoolExecutor(
+            args.compile, spawn, process.end_with_parent
+        ) as pool:
             for future in [pool.submit(compile_one, *one) for one in wanted]:
                 future.result()
         return 0
     clock = timing.CudaClock()
-    rows = []
+    found = machine.describe("cuda")
+    results: dict[str, Any] = {
+        "machine": found, "stage": args.stage, "batch": args.batch, "rows": [],
+        "command": " ".join(["python -m bench.sizes", *sys.argv[1:]]),
+    }  # fmt: skip
+    folder = Path(__file__).parent / "results" / machine.folder(found["gpu"])
+    folder.mkdir(parents=True, exist_ok=True)
     for case, dtype in wanted:
         row: dict[str, Any] = {
             "operator": case.operator,
@@ -141,17 +149,11 @@ def main() -> int:
         }
         for backend in BACKENDS:
             row[backend] = measure(case, dtype, backend, clock)
-        rows.append(row)
+        results["rows"].append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
-    found = machine.describe("cuda")
-    results = {
-        "machine": found, "stage": args.stage, "batch": args.batch, "rows": rows,
-        "command": " ".join(["python -m bench.sizes", *sys.argv[1:]]),
-    }  # fmt: skip
-    folder = Path(__file__).parent / "results" / machine.folder(found["gpu"])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sizes.json").write_text(json.dumps(results, indent=1) + "\n")
-    (folder / "sizes.md").write_text(page(results))
+        # After each, so that a run which is cut off leaves what it took.
+        (folder / "sizes.json").write_text(json.dumps(results, indent=1) + "\n")
+        (folder / "sizes.md").write_text(page(results))
     return 0
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bench import floors, machine, memory, timing
+from bench import floors, machine, memory, process, timing
 from bench.cells import Cell
 from bench.contenders import CONTENDERS
 from bench.limits import Limits
@@ -188,6 +188,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def serve() -> int:
     """Answer the requests on stdin, each with the GPU's memory and the compilers as new."""
+    process.end_with_parent()
     for line in sys.stdin:
         answer(json.loads(line))
         torch.compiler.reset()

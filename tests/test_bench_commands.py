@@ -142,6 +142,42 @@ def test_one_process_measures_cell_after_cell() -> None:
         assert measure_one.process is not first
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends a process with its parent")
+def test_a_process_ends_with_its_parent() -> None:
+    """A run that is killed leaves none that goes on compiling beside the next one's cells."""
+    busy = (
+        "import time; from bench.process import end_with_parent; end_with_parent(); "
+        "print('ready', flush=True); time.sleep(600)"
+    )
+    program = (
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {busy!r}], stdout=subprocess.PIPE)\n"
+        "child.stdout.readline()\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(readme.ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment
+    ) as parent:
+        assert parent.stdout is not None
+        child = Path("/proc") / parent.stdout.readline().strip() / "stat"
+        assert is_alive(child)
+        parent.kill()
+    deadline = time.monotonic() + 60
+    while is_alive(child) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_alive(child)
+
+
+def is_alive(stat: Path) -> bool:
+    """Of a process by its file in /proc: it exists, and is more than what nobody has asked for."""
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def test_plan_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What would run, and how long; what the folder has is not repeated unless asked."""
     options = ["--peers", "cpu", "--out", str(tmp_path), "--plan"]
