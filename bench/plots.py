@@ -13,6 +13,7 @@ from bench.contenders import CONTENDERS, REFERENCE
 
 COLOURS = {
     "ours": "#d1495b",
+    "triton": "#e8a4ad",  # beside cuda
     "eager-nhwc": "#8d99ae",
     "eager-nchw": "#bcc4d1",
     "compile-nhwc": "#30638e",
@@ -25,7 +26,7 @@ Pairs = list[tuple[Cell, dict[str, Any]]]
 
 
 def _colour(name: str) -> str:
-    return COLOURS["ours"] if CONTENDERS[name].ours else COLOURS.get(name, "#666666")
+    return COLOURS.get(name, COLOURS["ours"] if CONTENDERS[name].ours else "#666666")
 
 
 def _pyplot() -> Any:
