@@ -109,9 +109,9 @@ def section() -> str:
 
 
 PEERS = {
-    True: "the best peer is the fastest of eager (both layouts, cuDNN's depthwise kernels and "
-    "PyTorch's own) and torch.compile; medians of one interleaved run between CUDA events, the L2 "
-    "cache overwritten before each, inference replayed from CUDA graphs on every side",
+    True: "the best peer is the fastest of eager in both layouts and torch.compile, as they were "
+    "ready; medians of one interleaved run between CUDA events, the L2 cache overwritten before "
+    "each, inference replayed from CUDA graphs on every side",
     False: "the best peer is the fastest of eager, torch.compile (frozen in inference), ONNX "
     "Runtime, OpenVINO and zentorch, as they apply; medians of one interleaved run",
 }
