@@ -117,7 +117,8 @@ PEERS = {
 }
 FLOOR = (
     "The floor is the arithmetic at the machine's measured rates; other work on the machine "
-    "lowers the part of it, not the ratios. Malloc is tuned to keep its memory, unless it says "
+    "lowers the part of it, not the ratios; taps count as multiply-adds, also in bfloat16, where "
+    "they come in pairs and may be faster. Malloc is tuned to keep its memory, unless it says "
     "default: page faults then count, on every side."
 )
 
