@@ -79,10 +79,7 @@ class Folder:
 
 
 def folders() -> list[Folder]:
-    """The results folders, of GPUs and of CPUs the one that is shown in full first.
-
-    That is the largest of the machine which measured last.
-    """
+    """The results folders; of GPUs and of CPUs the largest of the newest machine comes first."""
     found = [
         Folder(path.parent, Store(path.parent).read())
         for path in sorted(RESULTS.glob("*/results.json"))
@@ -258,7 +255,7 @@ def _row(cells: list[str]) -> str:
 
 
 def _floor_column(pairs: Pairs) -> list[str]:
-    """A column's head; a GPU's floor, bytes and linear layers, says little of what bounds these."""
+    """A CPU's column; a GPU's floor, bytes and linear layers, says little of what bounds these."""
     return [] if pairs[0][0].device == "cuda" else ["of the floor"]
 
 
