@@ -1,8 +1,8 @@
 """Predicted time of nested_conv's backward, in three wide kernels and in two; see predict.py.
 
-A form's time is the sum over its kernels of what bounds each. Both finishing kernels are counted
-by their loop over vectors of 8 channels; the sums over a row's warps, or of the row sums, are left
-out.
+A form's time is the sum over its kernels of what bounds each. The finishing kernel is
+counted by its loop over vectors of 8 channels, the norm's backward by a row; the sums over a row's
+warps, or of the row sums, are left out.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from __future__ import annotations
 import collections
 import math
 
-from bench import predict
+from bench import predict, sass
 from bench.predict import BATCH, CHIPS, KERNEL_SIZE, STAGES, Chip, compiled, describe
 
 FUSED_SOURCE = "nested_conv_bwd_fused.cu"
 NORM = "layernorm_bwd_kernel<BFloat16, (NormOrder)0, true>"
+# Of a warp's turn with a row: a stage's 12·C channels are 4.5 vectors of 4 to a thread, of 5 that it
+# has.
+NORM_OUTPUTS = 32 * 18
 FINISH = "nested_conv_finish_kernel<BFloat16>"
 # Nominal outputs of a warp's stage: 4 rows × 128 pixels of one channel.
 OUTPUTS = 512
@@ -75,13 +78,16 @@ def terms_of(
 def in_three(chip: Chip, size: int, channels: int) -> list[dict[str, float]]:
     """Terms of dgrad, wgrad and the norm's backward."""
     kernels = compiled(DGRAD.source, chip.arch)
-    norm = kernels[NORM]
-    # 12·C channels of the stages are 4.5 vectors of 4 to a thread, of 5 that it has.
-    outputs = 32 * 4.5 * 4
+    norm = norm_turn(kernels[NORM])
     return [
         predict.predict(chip, conv, kernels[conv.kernel].stage_mix(), size, channels)
         for conv in (DGRAD, WGRAD)
-    ] + [terms_of(chip, norm.loop_mix("STG", 1), LAYERNORM_BYTES, outputs, 0)]
+    ] + [terms_of(chip, norm, LAYERNORM_BYTES, NORM_OUTPUTS, 0)]
+
+
+def norm_turn(kernel: sass.Kernel) -> collections.Counter[str]:
+    """Opcodes of a row, whose sums are what the kernel shuffles."""
+    return kernel.loop_mix("SHFL", 1)
 
 
 def in_two(chip: Chip, size: int, channels: int) -> list[dict[str, float]]:
@@ -110,9 +116,9 @@ def report(archs: list[str]) -> None:
         for kernel, mix, times in (
             *((kernel, kernel.stage_mix(), 2) for kernel in of_schedules),
             (kernels[FINISH], kernels[FINISH].loop_mix("STG", 1), 4),
-            (norm, norm.loop_mix("STG", 1), 4),
+            (norm, norm_turn(norm), 1024 / NORM_OUTPUTS),
         ):
-            scaled = collections.Counter({op: n * times for op, n in mix.items()})
+            scaled = collections.Counter({op: round(n * times) for op, n in mix.items()})
             row = (kernel.name, arch, kernel.registers, scaled.total(), describe(scaled))
             print("| " + " | ".join(map(str, row)) + " |")
     print("\nClocks per output and SM: three (dgrad + wgrad + finish) → two (both gradients +")
