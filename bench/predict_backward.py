@@ -15,8 +15,7 @@ from bench.predict import BATCH, CHIPS, KERNEL_SIZE, STAGES, Chip, compiled, des
 
 FUSED_SOURCE = "nested_conv_bwd_fused.cu"
 NORM = "layernorm_bwd_kernel<BFloat16, (NormOrder)0, true>"
-# Of a warp's turn with a row: a stage's 12·C channels are 4.5 vectors of 4 to a thread, of 5 that it
-# has.
+# Of a warp's turn with a row: a stage's 12·C channels fill 4.5 of a thread's 5 vectors of 4.
 NORM_OUTPUTS = 32 * 18
 FINISH = "nested_conv_finish_kernel<BFloat16>"
 # Nominal outputs of a warp's stage: 4 rows × 128 pixels of one channel.
