@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Callable
 
 import pytest
@@ -53,14 +54,21 @@ def test_numbers_of_nested_blocks(channels_last: bool, autocast: bool) -> None:
     assert [id(parameter) for parameter in ours.parameters()] == parameters
     assert list(ours.state_dict()) == list(theirs.state_dict())
     eager, got = run(theirs, torch.float32, autocast), run(ours, torch.float32, autocast)
+    # bfloat16 through a network: off by chance, more or less than eager, and the more so the fewer
+    # elements there are. So of all tensors' errors of eager half are smaller than `usual`.
+    errors = {name: relative_error(eager[name], truth[name]) for name in truth}
+    usual = statistics.median(errors.values())
     for name, value in got.items():
         if not autocast:
             assert_accurate(name, value, eager[name], truth[name], rows=x[:, 0].numel())
             continue
-        # bfloat16 through a network: off by chance, more or less than eager.
-        error, usual = ((g - truth[name]).norm() for g in (value.double(), eager[name].double()))
-        floor = torch.finfo(torch.bfloat16).eps * truth[name].norm()
-        assert value.dtype == eager[name].dtype and error <= 4 * usual + floor, name
+        allowed = 4 * max(errors[name], usual) + torch.finfo(torch.bfloat16).eps
+        assert value.dtype == eager[name].dtype, name
+        assert relative_error(value, truth[name]) <= allowed, name
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    return ((value.double() - truth).norm() / truth.norm()).item()
 
 
 def test_a_backend_that_cannot_run_is_an_error() -> None:
