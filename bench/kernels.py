@@ -3,8 +3,8 @@
     python -m bench.kernels                            # cuda, into bench/results/<GPU>/kernels.*
     python -m bench.kernels --op nested_conv --stage 1 --backend cuda triton eager
 
-Medians over 5 steps, the L2 cache overwritten before forward and before backward. A pass is one
-wide tensor (the operator's activation) moved at the copy bandwidth measured in the same run.
+Medians over 5 steps, the L2 cache overwritten before each. A pass is one wide tensor (the
+operator's activation) moved at the copy bandwidth measured in the same run.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bench.cases import CASES, CONV_OPERATORS, OPERATORS, Case, make_inputs, stage_cases
 from convnest_kernels import NestedBlock, accelerate, backends, explain, models
 from convnest_kernels.backends import Call
+from tests import blocks
 from tests.test_operators import check, output_and_gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -186,14 +187,6 @@ def test_auto_runs_on_a_gpu_backend(operator: str) -> None:
         assert torch.equal(tensor, named[name]), name
 
 
-def block_results(block: NestedBlock, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    x = x.detach().requires_grad_()
-    y = block(x)
-    names, parameters = zip(*block.named_parameters(), strict=True)
-    grads = torch.autograd.grad(y, (x, *parameters), dy)
-    return {"y": y.detach(), "x": grads[0], **dict(zip(names, grads[1:], strict=True))}
-
-
 @each_backend
 @pytest.mark.parametrize("recompute", ["none", "conv", "all"])
 def test_block(recompute: str, backend: str) -> None:
@@ -205,8 +198,8 @@ def test_block(recompute: str, backend: str) -> None:
             nn.init.normal_(parameter, std=0.2)
     formula.load_state_dict(block.state_dict())
     x, dy = (torch.randn(2, 48, 14, 14, device="cuda") for _ in range(2))
-    truth = block_results(formula, x.double(), dy.double())
-    for name, tensor in block_results(block, x, dy).items():
+    truth = blocks.run(formula, x.double(), dy.double())
+    for name, tensor in blocks.run(block, x, dy).items():
         scale = truth[name].abs().max().item()
         torch.testing.assert_close(tensor.double(), truth[name], rtol=0, atol=2e-5 * scale)
 

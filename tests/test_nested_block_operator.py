@@ -337,26 +337,6 @@ def test_same_bits_for_every_run_and_thread_count(
             assert torch.equal(value, found[0][name]), name
 
 
-@pytest.mark.usefixtures("threads")
-@each_isa
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "case", [Case((1, 45, 5, 8), 50), Case((1, 7, 7, 24), 288), Case((2, 7, 7, 6), 880)], ids=str
-)
-def test_nothing_is_left_of_an_earlier_call(case: Case, dtype: torch.dtype, backend: str) -> None:
-    """Scratch memory is kept from call to call; bands begin at even rows and at odd ones."""
-    tensors, bad, dy = arguments(case, dtype), arguments(case, dtype), cotangent(case, dtype)
-    with torch.no_grad():
-        bad["x"].fill_(float("nan"))
-    options = {"backend": backend, "recompute": "all"}
-    expected = results(ops.nested_block, tensors, dy, **options)
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        results(ops.nested_block, bad, dy, **options)
-        for name, value in results(ops.nested_block, tensors, dy, **options).items():
-            assert torch.equal(value, expected[name]), name
-
-
 @each_isa
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_values_stay_in_reach(value: float, backend: str) -> None:

@@ -1,4 +1,4 @@
-"""The packed weights of nested_block on the CPU: used when they may be, never when stale."""
+"""What nested_block keeps between calls on the CPU: used when it may be, never when stale."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convnest_kernels import NestedBlock, _extension
+from convnest_kernels import NestedBlock, _extension, ops
 from convnest_kernels.cpu import _packed
+from tests.test_nested_block_operator import Case, arguments, cotangent, each_isa, results
 
 pytestmark = pytest.mark.skipif(_extension.module is None, reason="no native core")
 
@@ -282,3 +283,23 @@ def test_threads_and_changes() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.usefixtures("threads")
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case((1, 45, 5, 8), 50), Case((1, 7, 7, 24), 288), Case((2, 7, 7, 6), 880)], ids=str
+)
+def test_nothing_is_left_of_an_earlier_call(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """Scratch memory is kept from call to call; bands begin at even rows and at odd ones."""
+    tensors, bad, dy = arguments(case, dtype), arguments(case, dtype), cotangent(case, dtype)
+    with torch.no_grad():
+        bad["x"].fill_(float("nan"))
+    options = {"backend": backend, "recompute": "all"}
+    expected = results(ops.nested_block, tensors, dy, **options)
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results(ops.nested_block, bad, dy, **options)
+        for name, value in results(ops.nested_block, tensors, dy, **options).items():
+            assert torch.equal(value, expected[name]), name
