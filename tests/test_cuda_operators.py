@@ -18,7 +18,7 @@ from convnest_kernels import BackendError, backends, cuda, explain, ops
 from convnest_kernels.backends import Call
 from convnest_kernels.cuda import _host
 from tests import emulation
-from tests.test_operators import check, output_and_gradients
+from tests.test_operators import check, check_each_gradient_alone, output_and_gradients
 
 pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=str(emulation.missing()))
 
@@ -99,15 +99,7 @@ def test_same_bits_for_every_order_of_threads(
 @each_pair
 def test_only_the_gradients_asked_for(operator: str, dtype: torch.dtype) -> None:
     case = Case(operator, (2, 3, 4, 12), kernel_size=3)
-    inputs = make_inputs(case, dtype)
-    everything = output_and_gradients(case.function, inputs, backend="cuda")
-    for name, tensor in inputs.tensors.items():
-        assert tensor is not None
-        for other in inputs.wanted:
-            other.requires_grad_(other is tensor)
-        y = case.function(*inputs.args, backend="cuda")
-        (grad,) = torch.autograd.grad(y, tensor, inputs.dy)
-        assert torch.equal(grad, everything[f"d{name}"]), name
+    check_each_gradient_alone(case, make_inputs(case, dtype), "cuda")
 
 
 @each_pair

@@ -17,7 +17,7 @@ from bench.cases import CASES, CONV_OPERATORS, OPERATORS, Case, make_inputs, sta
 from convnest_kernels import NestedBlock, accelerate, backends, explain, models
 from convnest_kernels.backends import Call
 from tests import blocks
-from tests.test_operators import check, output_and_gradients
+from tests.test_operators import check, check_each_gradient_alone, output_and_gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -92,15 +92,7 @@ def test_same_bits_for_every_run(operator: str, dtype: torch.dtype, backend: str
 def test_only_the_gradients_asked_for(operator: str, backend: str) -> None:
     case = Case(operator, (2, 5, 6, 16))
     skip_unless_it_can(backend, case, torch.bfloat16)
-    inputs = make_inputs(case, torch.bfloat16, device="cuda")
-    everything = output_and_gradients(case.function, inputs, backend=backend)
-    for name, tensor in inputs.tensors.items():
-        assert tensor is not None
-        for other in inputs.wanted:
-            other.requires_grad_(other is tensor)
-        y = case.function(*inputs.args, backend=backend)
-        (grad,) = torch.autograd.grad(y, tensor, inputs.dy)
-        assert torch.equal(grad, everything[f"d{name}"]), name
+    check_each_gradient_alone(case, make_inputs(case, torch.bfloat16, device="cuda"), backend)
 
 
 @each_backend

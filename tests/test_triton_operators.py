@@ -12,7 +12,7 @@ import torch
 from bench.cases import CASES, CONV_OPERATORS, OPERATORS, Case, make_inputs
 from convnest_kernels import explain, ops
 from tests import triton_interpreter
-from tests.test_operators import check, output_and_gradients
+from tests.test_operators import check, check_each_gradient_alone, output_and_gradients
 
 pytestmark = pytest.mark.skipif(
     not triton_interpreter.enable(), reason="needs Triton, and no GPU (there they run for real)"
@@ -90,15 +90,7 @@ def test_same_bits_for_every_run(operator: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_only_the_gradients_asked_for(operator: str, dtype: torch.dtype) -> None:
     case = Case(operator, (2, 3, 4, 12), kernel_size=3 if dtype == torch.float32 else 7)
-    inputs = make_inputs(case, dtype)
-    everything = output_and_gradients(case.function, inputs, backend="triton")
-    for name, tensor in inputs.tensors.items():
-        assert tensor is not None
-        for other in inputs.wanted:
-            other.requires_grad_(other is tensor)
-        y = case.function(*inputs.args, backend="triton")
-        (grad,) = torch.autograd.grad(y, tensor, inputs.dy)
-        assert torch.equal(grad, everything[f"d{name}"]), name
+    check_each_gradient_alone(case, make_inputs(case, dtype), "triton")
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
